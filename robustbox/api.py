@@ -1,0 +1,203 @@
+"""The public face: run an attack on a black box, with the books kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from robustbox import inputs, registry
+from robustbox.boxes import as_black_box
+from robustbox.contest import Contest, Rules
+from robustbox.errors import InputError, ModelError
+from robustbox.folder import RunFolder, open_run
+from robustbox.loop import Progress
+from robustbox.oracle import Oracle, check_knowledge
+from robustbox.protocol import Attack, BlackBox, Defense
+from robustbox.results import AttackResult
+
+Model = str | BlackBox | nn.Module | Callable[[Tensor], Any]
+
+
+def run_attack(
+    model: Model,
+    images: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike,
+    attack: str | Attack = "cgba",
+    norm: str = "l2",
+    epsilon: float | None = None,
+    targets: int | Tensor | ArrayLike | None = None,
+    budget: int = 1000,
+    defense: str | Defense | Sequence[str | Defense] | None = None,
+    knowledge: str | None = None,
+    levels: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    attack_options: Mapping[str, Any] | None = None,
+    defense_options: Mapping[str, Any] | None = None,
+    pool: tuple[Tensor | ArrayLike, Tensor | ArrayLike] | None = None,
+    out: str | Path | RunFolder | None = None,
+    *,
+    total_budget: int | None = None,
+    keep_going: bool = False,
+    max_rows: int | Literal["auto"] = "auto",
+    progress: Callable[[Progress], None] | None = None,
+) -> AttackResult:
+    """Attack images on a model that can only be queried, within an exact budget of queries.
+
+    Every row that the black box sees is counted once, on a ledger: `attack` and `calibrate` (the attacker's; at most
+    `budget` an image), `verify` (the evaluator's: one row an image for the clean check, one for each adversarial found, and
+    one more where a defense stands before the model; 25 instead of one where the black box is stochastic).
+
+    Args:
+        model: a zoo name, `timm:NAME`, `torchvision:NAME`, `file:PATH`, an nn.Module, or any callable from a batch
+            float32 [n,C,H,W] to scores [n,K] or labels [n].
+        images: float [N,C,H,W] in [0, 1].
+        labels: N true classes. Images that the model misclassifies are counted once and not attacked.
+        attack: a name (`robustbox.list_attacks()`), `foolbox:CLASS`, or an Attack.
+        norm: `l0` (changed pixels), `l2` or `linf`, in the units of the images.
+        epsilon: radius of the ball in which an attack must succeed, and at whose first success it stops; None minimises
+            the distance until the budget is spent.
+        targets: classes to reach, N of them or one for all; None is untargeted.
+        budget: queries (rows) an image.
+        defense: a name, a Defense, or a list of them, outermost first.
+        knowledge: what the attack sees: `label`, `top-K`, `score`, `logit`; None grants the least that it needs.
+        levels: grey levels that rows are rounded to before the model sees them (256 for an 8-bit API); images are rounded
+            first, and distances are between rounded images.
+        seed: the root of all randomness. An image's stream comes from (seed, its sha256, the attack's name).
+        device: where a model named by a string runs; "auto" takes CUDA where it is, and leaves modules where they stand.
+        attack_options, defense_options: hyper-parameters of an attack or defense given by name.
+        pool: (images, labels) that the attacker owns, for targeted starts; never the attacked ones.
+        out: a new folder for config, results and adversarials.
+        total_budget: queries that all images together may cost.
+        keep_going: with an epsilon, do not stop at the first success but go on minimising.
+        max_rows: rows fused into one forward pass; "auto" learns the fastest.
+        progress: called once a round with a `Progress`.
+
+    Raises:
+        InputError: bad input, before an attack spends a query.
+        ModelError: the model failed in mid-run; its `result` holds what was found, and so does the folder `out`.
+    """
+    contest = _contest(
+        model,
+        images,
+        labels,
+        attack=attack,
+        norm=norm,
+        epsilon=epsilon,
+        targets=targets,
+        budget=budget,
+        defense=defense,
+        knowledge=knowledge,
+        levels=levels,
+        seed=seed,
+        device=device,
+        attack_options=attack_options,
+        defense_options=defense_options,
+        pool=pool,
+        total_budget=total_budget,
+        keep_going=keep_going,
+        max_rows=max_rows,
+    )
+    with open_run(out, contest.meta()) as folder:
+        contest.check_clean()
+        check_knowledge(contest.oracle.knowledge, contest.attack.knowledge, contest.oracle.box)  # known by now
+        try:
+            contest.fight(progress)
+            contest.verify()
+        except (ModelError, KeyboardInterrupt) as stop:
+            found = contest.result()
+            folder.write(found)
+            if isinstance(stop, ModelError):
+                stop.result = found
+            raise
+        result = contest.result()
+        folder.write(result)
+    return result
+
+
+def worst_case(model: Model, images: Tensor | ArrayLike, labels: Tensor | ArrayLike, **setting: Any) -> dict[str, int]:
+    """The rows that `run_attack` with this setting would cost at most, by ledger; everything is checked, no query asked.
+
+    Raises:
+        InputError: as `run_attack`.
+    """
+    return _contest(model, images, labels, **setting).worst_case()
+
+
+def _contest(
+    model: Model,
+    images: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike,
+    *,
+    attack: str | Attack = "cgba",
+    norm: str = "l2",
+    epsilon: float | None = None,
+    targets: int | Tensor | ArrayLike | None = None,
+    budget: int = 1000,
+    defense: str | Defense | Sequence[str | Defense] | None = None,
+    knowledge: str | None = None,
+    levels: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    attack_options: Mapping[str, Any] | None = None,
+    defense_options: Mapping[str, Any] | None = None,
+    pool: tuple[Tensor | ArrayLike, Tensor | ArrayLike] | None = None,
+    total_budget: int | None = None,
+    keep_going: bool = False,
+    max_rows: int | Literal["auto"] = "auto",
+) -> Contest:
+    """Everything checked and built, nothing asked."""
+    chosen = inputs.resolve_attack(attack, attack_options)
+    defenses = inputs.resolve_defenses(defense, defense_options)
+    measured = inputs.check_threat(norm, epsilon, levels)
+    if measured not in chosen.norms:
+        raise InputError(
+            f"attack {chosen.name} works in {' and '.join(chosen.norms)}, not in {norm}: choose another norm or attack"
+        )
+    if targets is not None and not chosen.targeted:
+        raise InputError(f"attack {chosen.name} is untargeted only: leave targets out or take another attack")
+    inputs.check_count(budget, "budget")
+    if total_budget is not None:
+        inputs.check_count(total_budget, "total_budget")
+    if max_rows != "auto":
+        inputs.check_count(max_rows, "max_rows")
+
+    box = as_black_box(model, device)
+    for recipe in reversed(defenses):
+        box = recipe.wrap(box, seed)
+    oracle = Oracle(box, knowledge or chosen.knowledge, levels, total_budget)
+    check_knowledge(oracle.knowledge, chosen.knowledge, box)
+    clean = oracle.round(inputs.check_images(images, box))
+    truth = inputs.check_labels(labels, len(clean), box.classes)
+    aims = inputs.check_targets(targets, truth, box.classes)
+    owned = inputs.check_pool(pool, clean, box)
+    rules = Rules(
+        norm=measured,
+        epsilon=epsilon,
+        budget=budget,
+        total_budget=total_budget,
+        keep_going=keep_going,
+        max_rows=max_rows,
+        seed=seed,
+    )
+    return Contest(oracle, chosen, defenses, clean, truth, aims or [None] * len(truth), owned, rules)
+
+
+def load_model(name: str) -> Any:
+    """A model by name: an nn.Module in evaluation mode that takes images in [0, 1], normalisation inside."""
+    return registry.make("models", name)
+
+
+def load_data(name: str) -> Any:
+    """A data set by name: images float32 [N,C,H,W] in [0, 1], labels int64 [N], and the names of its classes."""
+    return registry.make("data", name)
+
+
+def list_attacks() -> list[str]:
+    """The names that `attack=` takes, without those of schemes such as `foolbox:CLASS`."""
+    return registry.names("attacks")

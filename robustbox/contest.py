@@ -1,0 +1,238 @@
+"""One attack against one black box on N images: clean check, attack, verification, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustbox.errors import InputError
+from robustbox.evaluator import draws, share_reached, undefended
+from robustbox.folder import environment
+from robustbox.goals import goal
+from robustbox.identity import derive_seed, sha256, stream
+from robustbox.inputs import check_labels
+from robustbox.loop import Progress, QueryLoop, Record, inside
+from robustbox.oracle import Oracle
+from robustbox.protocol import Attack, Defense, Norm, Task
+from robustbox.results import AttackResult
+
+_FUSED = 32
+"""Rows a pass of the clean check, before the loop has learnt a better size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """The threat model of a contest, checked: what `run_attack` was asked for."""
+
+    norm: Norm
+    epsilon: float | None
+    budget: int
+    total_budget: int | None
+    keep_going: bool
+    max_rows: int | Literal["auto"]
+    seed: int
+
+
+class Contest:
+    """An attack on images [N,C,H,W], through an oracle, by the rules.
+
+    Args:
+        oracle: the door to the black box.
+        attack: the attack.
+        defenses: what stands around the model, outermost first; for the record.
+        images: float32 [N,C,H,W] on the black box's device, rounded as the threat model transmits them.
+        labels: N true classes.
+        targets: N classes to reach, or N times None.
+        pool: the attacker's own images and labels, or None.
+        rules: the threat model.
+    """
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        attack: Attack,
+        defenses: list[Defense],
+        images: Tensor,
+        labels: list[int],
+        targets: list[int] | list[None],
+        pool: tuple[Tensor, Tensor] | None,
+        rules: Rules,
+    ) -> None:
+        self.oracle, self.attack, self.defenses, self.rules = oracle, attack, defenses, rules
+        self.images, self.labels, self.targets, self.pool = images, labels, targets, pool
+        self._classes = oracle.box.classes
+        self._hashes = [sha256(image) for image in images]
+        self._records: list[Record] = []
+        self._clerks: list[int] = []  # the evaluator's accounts
+        nth: Counter[str] = Counter()  # an image that comes twice has two accounts
+        for name in self._hashes:
+            account = derive_seed(rules.seed, name, attack.name, "account", nth[name])
+            self._records.append(Record(account, rules.budget))
+            self._clerks.append(derive_seed(rules.seed, name, "verify", nth[name]))
+            nth[name] += 1
+        self._clean = np.zeros(len(labels), dtype=bool)
+        self._fresh = np.zeros(len(labels), dtype=bool)
+        self._bare = np.zeros(len(labels), dtype=bool)
+        self._fused = _FUSED if rules.max_rows == "auto" else rules.max_rows
+        self._seconds = dict.fromkeys(("clean", "attack", "verify"), 0.0)
+        self._clock = time.perf_counter()
+
+    def worst_case(self) -> dict[str, int]:
+        """The rows that the contest may cost at most, by ledger."""
+        n, bare = len(self.labels), undefended(self.oracle)
+        attack = min(n * self.rules.budget, self.rules.total_budget or n * self.rules.budget)
+        twice = 0 if bare.box is self.oracle.box else draws(bare)
+        return {"attack": attack, "verify": n * (2 * draws(self.oracle) + twice)}
+
+    def check_clean(self) -> None:
+        """Find the images that are classified correctly; the others are not attacked.
+
+        Raises:
+            InputError: there is none.
+        """
+        self._clock = time.perf_counter()
+        self._clean = share_reached(self.oracle, self.images, self.labels, self._clerks, self._fused) > 0.5
+        if self._classes is None:  # a callable's first answer shows how many there are
+            check_labels(self.labels, len(self.labels), self.oracle.box.classes)
+        if not self._clean.any():
+            raise InputError(
+                "no image is classified correctly, so there is nothing to attack: "
+                "check the labels, and that the model takes images in [0, 1]"
+            )
+        for record, right in zip(self._records, self._clean, strict=True):
+            record.stop = "" if right else "misclassified"
+        self._lap("clean")
+
+    def fight(self, progress: Callable[[Progress], None] | None) -> None:
+        """Attack the images that are classified correctly.
+
+        Raises:
+            ModelError: the black box failed; what was found until then is kept.
+        """
+        attacked = np.flatnonzero(self._clean).tolist()
+        loop = QueryLoop(
+            self.oracle,
+            self.attack,
+            [self._task(i) for i in attacked],
+            [self._records[i] for i in attacked],
+            self.rules.keep_going,
+            self.rules.max_rows,
+            progress,
+        )
+        try:
+            loop.run()
+        finally:
+            self._fused = loop.batch.size
+            self._lap("attack")
+
+    def _task(self, i: int) -> Task:
+        return Task(
+            image=self.images[i],
+            label=self.labels[i],
+            target=self.targets[i],
+            norm=self.rules.norm,
+            epsilon=self.rules.epsilon,
+            generator=stream(self.images.device, self.rules.seed, self._hashes[i], self.attack.name),
+            remaining=self.rules.budget,
+            levels=self.oracle.levels,
+            pool=self.pool,
+        )
+
+    def verify(self) -> None:
+        """Ask for every adversarial again: on the full pipeline, and on the undefended model where there is a defense."""
+        found = [i for i, record in enumerate(self._records) if inside(record.distance, self.rules.epsilon)]
+        if found:
+            rows = self._adversarials()[found]
+            goals = [goal(self.labels[i], self.targets[i]) for i in found]
+            clerks = [self._clerks[i] for i in found]
+            self._fresh[found] = share_reached(self.oracle, rows, goals, clerks, self._fused) > 0.5
+            bare = undefended(self.oracle)
+            same = bare.box is self.oracle.box
+            self._bare[found] = (
+                self._fresh[found] if same else share_reached(bare, rows, goals, clerks, self._fused) > 0.5
+            )
+        self._lap("verify")
+
+    def result(self) -> AttackResult:
+        """What was found so far."""
+        records, epsilon = self._records, self.rules.epsilon
+        reached = np.array([inside(record.distance, epsilon) for record in records])
+        first = [next((query for query, far in record.trace if inside(far, epsilon)), 0) for record in records]
+        return AttackResult(
+            success=self._fresh.copy() if self.oracle.box.stochastic else reached,
+            distance=np.where(reached, [record.distance for record in records], np.nan),
+            queries=np.array([record.spent for record in records], dtype=np.int64),
+            first_success=np.array(first, dtype=np.int64),
+            adversarials=self._adversarials(),
+            ledger=dict(self.oracle.ledger),
+            clean_correct=self._clean,
+            success_any=reached,
+            success_fresh=self._fresh,
+            success_undefended=self._bare,
+            stop_reasons=[record.stop for record in records],
+            errors=[record.error for record in records],
+            traces=[record.trace for record in records],
+            epsilon=epsilon,
+            meta=self.meta(),
+        )
+
+    def meta(self) -> dict[str, Any]:
+        """What was run on what, by whom and with which versions: plain JSON values."""
+        oracle, rules, attack_seconds = self.oracle, self.rules, self._seconds["attack"]
+        meta: dict[str, Any] = {
+            "model": undefended(oracle).box.describe(),
+            "defense": [{"name": recipe.name, "options": recipe.options()} for recipe in self.defenses],
+            "attack": {"name": self.attack.name, "options": self.attack.options()},
+            "norm": rules.norm,
+            "epsilon": rules.epsilon,
+            "targeted": self.targets[0] is not None,
+            "budget": rules.budget,
+            "total_budget": rules.total_budget,
+            "knowledge": oracle.knowledge,
+            "levels": oracle.levels,
+            "keep_going": rules.keep_going,
+            "seed": rules.seed,
+            "stochastic": oracle.box.stochastic,
+            "max_rows": self._fused,
+            "seconds": dict(self._seconds),
+            "rows_per_second": oracle.charged / attack_seconds if attack_seconds else None,
+            "environment": environment(self.images.device),
+            "images": [
+                {"sha256": name, "label": label, "target": target}
+                for name, label, target in zip(self._hashes, self.labels, self.targets, strict=True)
+            ],
+        }
+        return {key: _plain(value) for key, value in meta.items()}
+
+    def _adversarials(self) -> Tensor:
+        """The best row of each image that has one inside the ball, [N,C,H,W]; NaN for the others."""
+        found = torch.full_like(self.images, torch.nan)
+        for row, record in zip(found, self._records, strict=True):
+            if record.best is not None and inside(record.distance, self.rules.epsilon):
+                row.copy_(record.best)
+        return found
+
+    def _lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[phase] += now - self._clock
+        self._clock = now
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it; what it cannot hold is named."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return str(value)  # plain, also of torch's own kind of string
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return getattr(value, "__qualname__", type(value).__qualname__)

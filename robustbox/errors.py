@@ -1,0 +1,27 @@
+"""The errors that users meet: each is one clear line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input, found before an attack spent a query. Command lines print it and end with exit code 2."""
+
+
+class ModelError(RuntimeError):
+    """The black box failed in mid-run: it raised, answered NaN, or answered another number of rows than it was asked.
+
+    `run_attack` attaches what was found until then as `result` (an AttackResult), and it stands in the run's folder.
+    """
+
+    result: object | None = None
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that does not exist, with the nearest names that do."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+    return InputError(f"unknown {what} '{name}': {hint}")

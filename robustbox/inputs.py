@@ -1,0 +1,162 @@
+"""Checks what a caller hands over, before a single query is spent. Every error says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from robustbox import registry
+from robustbox.errors import InputError, unknown_name
+from robustbox.identity import sha256
+from robustbox.protocol import NORMS, Attack, BlackBox, Defense, Norm
+
+
+def check_images(images: Tensor | ArrayLike, box: BlackBox, what: str = "images") -> Tensor:
+    """Images as float32 [N,C,H,W] on the black box's device.
+
+    Raises:
+        InputError: not four axes, no image, the wrong channels or size, integers, NaN, or values outside [0, 1].
+    """
+    tensor = images if isinstance(images, Tensor) else torch.as_tensor(np.asarray(images))
+    if tensor.ndim != 4:
+        raise InputError(f"{what} must have the shape [N,C,H,W], not {list(tensor.shape)}")
+    if not len(tensor):
+        raise InputError(f"there is no image to attack: {what} has the shape {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise InputError(f"{what} must be floats in [0, 1], not {tensor.dtype}: divide 8-bit values by 255")
+    if box.input_shape is not None and tuple(tensor.shape[1:]) != tuple(box.input_shape):
+        raise InputError(f"{what} are {_size(tensor.shape[1:])}, the model takes {_size(box.input_shape)} (C x H x W)")
+    low, high = torch.aminmax(tensor)
+    if not bool((low >= 0) & (high <= 1)):
+        worst = int(tensor.flatten(1).sub(0.5).abs().amax(dim=1).nan_to_num(nan=math.inf).argmax())
+        kind = "NaN" if tensor[worst].isnan().any() else f"values from {low.item():.4g} to {high.item():.4g}"
+        hint = "rescale them; normalisation belongs to the model"
+        raise InputError(f"{what} must lie in [0, 1], but number {worst} has {kind}: {hint}")
+    return tensor.detach().to(box.device, torch.float32).contiguous()
+
+
+def check_labels(labels: Tensor | ArrayLike, n: int, classes: int | None, what: str = "labels") -> list[int]:
+    """Labels as N ints.
+
+    Raises:
+        InputError: the wrong number of them, not integers, negative, or not below the number of classes.
+    """
+    values = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+    if values.shape != (n,):
+        raise InputError(f"{what} must be {n} integers, one an image, not an array of shape {list(values.shape)}")
+    if not np.issubdtype(values.dtype, np.integer):
+        raise InputError(f"{what} must be integers, not {values.dtype}")
+    wrong = np.flatnonzero((values < 0) | (values >= (math.inf if classes is None else classes)))
+    if len(wrong):
+        limit = "0 or more" if classes is None else f"0 to {classes - 1}"
+        raise InputError(f"{what} must be {limit}, but number {wrong[0]} is {values[wrong[0]]}")
+    return [int(value) for value in values]
+
+
+def check_targets(
+    targets: int | Tensor | ArrayLike | None, labels: Sequence[int], classes: int | None
+) -> list[int] | None:
+    """Target classes as N ints, or None for untargeted goals; a single class is meant for all images.
+
+    Raises:
+        InputError: as for labels, or a target that equals its image's label.
+    """
+    if targets is None:
+        return None
+    if isinstance(targets, int):
+        targets = [targets] * len(labels)
+    found = check_labels(targets, len(labels), classes, "targets")
+    for index, (target, label) in enumerate(zip(found, labels, strict=True)):
+        if target == label:
+            raise InputError(f"the target of image {index} is its own label {label}: choose another class")
+    return found
+
+
+def check_threat(norm: str, epsilon: float | None, levels: int | None) -> Norm:
+    """Refuse norms, radii and grey levels that mean nothing."""
+    if norm not in NORMS:
+        raise unknown_name("norm", norm, NORMS)
+    if epsilon is not None and not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
+        raise InputError(f"epsilon must be a positive number, or None to minimise the distance; not {epsilon!r}")
+    if levels is not None and (not _is_int(levels) or levels < 2):
+        raise InputError(
+            f"levels must be a whole number of grey levels, 2 or more (256 for 8 bits), or None; not {levels!r}"
+        )
+    return norm
+
+
+def check_count(value: object, what: str) -> None:
+    """Refuse anything but a whole number of at least one."""
+    if not _is_int(value) or value < 1:  # type: ignore[operator]
+        raise InputError(f"{what} must be a whole number of at least 1, not {value!r}")
+
+
+def check_pool(
+    pool: tuple[Tensor | ArrayLike, Tensor | ArrayLike] | None, images: Tensor, box: BlackBox
+) -> tuple[Tensor, Tensor] | None:
+    """The attacker's own images and labels, which may not hold an attacked image."""
+    if pool is None:
+        return None
+    own = check_images(pool[0], box, "pool images")
+    labels = check_labels(pool[1], len(own), box.classes, "pool labels")
+    attacked = {sha256(image) for image in images}
+    for index, image in enumerate(own):
+        if sha256(image) in attacked:
+            raise InputError(f"pool image {index} is one of the attacked images: the pool must be the attacker's own")
+    return own, torch.tensor(labels, device=box.device)
+
+
+def resolve_attack(attack: str | Attack, options: Mapping[str, Any] | None) -> Attack:
+    """The attack of a name and its options, or the attack itself."""
+    if not isinstance(attack, str):
+        if options:
+            raise InputError("attack_options go with the name of an attack; this attack carries its own")
+        if not isinstance(attack, Attack):
+            raise InputError(f"attack must be a name or an Attack, not {type(attack).__name__}")
+        return attack
+    built = _build("attack", registry.load("attacks", attack), attack, options)
+    if not isinstance(built, Attack):
+        raise InputError(f"'{attack}' is not an attack but a {type(built).__name__}")
+    return built
+
+
+def resolve_defenses(
+    defense: str | Defense | Sequence[str | Defense] | None, options: Mapping[str, Any] | None
+) -> list[Defense]:
+    """The defenses, outermost first; options go with exactly one name."""
+    if defense is None:
+        defense = []
+    chain = list(defense) if isinstance(defense, Sequence) and not isinstance(defense, str) else [defense]
+    if options and not (len(chain) == 1 and isinstance(chain[0], str)):
+        raise InputError("defense_options go with the name of one defense; of several, pass Defense objects")
+    built = [_build("defense", registry.load("defenses", d), d, options) if isinstance(d, str) else d for d in chain]
+    for item in built:
+        if not isinstance(item, Defense):
+            raise InputError(f"defense must be a name or a Defense, not {type(item).__name__}")
+    return built
+
+
+def _build(what: str, factory: Any, name: str, options: Mapping[str, Any] | None) -> Any:
+    known = inspect.signature(factory).parameters
+    for option in options or {}:
+        if option not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise unknown_name(f"option of {what} {name}", option, known)
+    try:
+        return factory(**(options or {}))
+    except TypeError as error:
+        raise InputError(f"{what} {name}: {error}") from error
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,313 @@
+"""The query loop: drives the attacks on many images in lock-step and fuses their rows into forward passes.
+
+One round asks every live attack, in image order, for its next query; the rows flow into a buffer that is sent whenever it
+holds a full pass, and once more at the end of the round. So no more rows are in flight than one pass and one query, whatever
+the number of images, and an image's answers do not depend on its neighbours (as far as the black box answers row by row).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robustbox.batching import BatchSize
+from robustbox.distances import distance
+from robustbox.errors import ModelError
+from robustbox.goals import goal, reached
+from robustbox.oracle import Oracle, Phase
+from robustbox.protocol import Answer, Attack, BudgetExhausted, Query, Search, Task
+
+StopReason = Literal["success", "budget", "total-budget", "finished", "error", "stopped", "misclassified", ""]
+
+TOLERANCE = 1e-6
+"""Slack of `distance <= epsilon`, absolute and relative: what rounding to float32 may add to a row on the sphere."""
+
+
+def inside(distance: float, epsilon: float | None) -> bool:
+    """Whether a distance lies in the ball of radius epsilon (None: everywhere that is finite)."""
+    return distance < np.inf if epsilon is None else distance <= epsilon * (1 + TOLERANCE) + TOLERANCE
+
+
+@dataclass(slots=True)
+class Record:
+    """The books of one image, kept by the loop: the attack has no say in them.
+
+    Attributes:
+        account: on whose behalf rows are sent; int64.
+        budget: rows that may be charged.
+        spent: rows charged so far.
+        best: the nearest row that was really sent and really answered adversarially, [C,H,W], or None.
+        distance: its distance; inf where there is none.
+        trace: (query, distance) at every improvement; queries count from 1.
+        stop: why the attack ended.
+        error: the message of the exception that ended it, if one did.
+    """
+
+    account: int
+    budget: int
+    spent: int = 0
+    best: Tensor | None = None
+    distance: float = np.inf
+    trace: list[tuple[int, float]] = field(default_factory=list)
+    stop: StopReason = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands, once a round: rows charged and at most to be charged, images live, done, and won."""
+
+    rows: int
+    total: int
+    live: int
+    done: int
+    succeeded: int
+
+
+@dataclass(slots=True)
+class _Run:
+    """One attack in flight."""
+
+    task: Task
+    record: Record
+    search: Search
+    started: bool = False
+    cut: bool = False  # the budget covered only a part of its last query
+    failure: Exception | None = None
+    parts: list[Answer] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Piece:
+    """A slice of one attack's query, on its way to the black box."""
+
+    run: _Run
+    rows: Tensor
+    phase: Phase
+    goal: int
+
+
+class QueryLoop:
+    """Runs one attack on many tasks.
+
+    Args:
+        oracle: the door to the black box; its total budget holds over all images.
+        attack: the attack.
+        tasks, records: one each for every image; records are filled in place.
+        keep_going: with an epsilon, go on after the first success inside the ball and minimise.
+        max_rows: rows fused into one forward pass, or "auto".
+        progress: called once a round.
+    """
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        attack: Attack,
+        tasks: Iterable[Task],
+        records: Iterable[Record],
+        keep_going: bool = False,
+        max_rows: int | Literal["auto"] = "auto",
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.oracle = oracle
+        self.batch = BatchSize(max_rows)
+        self._keep_going = keep_going
+        self._progress = progress
+        self._runs = [_Run(task, record, attack.search(task)) for task, record in zip(tasks, records, strict=True)]
+        self._buffer: list[_Piece] = []
+        self._buffered = 0
+
+    def run(self) -> None:
+        """Run all attacks to their ends.
+
+        Raises:
+            ModelError: the black box failed; the records hold everything up to then.
+        """
+        live = self._runs
+        try:
+            while live:
+                for run in live:
+                    self._advance(run)
+                self._flush()
+                live = [run for run in live if not run.record.stop]
+                if self._progress is not None:
+                    self._progress(self._state(len(live)))
+        finally:
+            for run in live:
+                self._finish(run, "stopped")
+
+    # One image's turn: its last answer goes in, its next query comes out.
+
+    def _advance(self, run: _Run) -> None:
+        record = run.record
+        wins = run.task.epsilon is not None and inside(record.distance, run.task.epsilon)
+        if wins and not self._keep_going and run.failure is None:
+            return self._finish(run, "success")
+        try:
+            query = self._resume(run)
+            self._check(query, run.task)
+        except StopIteration:
+            return self._finish(run, "finished")
+        except BudgetExhausted:
+            return self._finish(run, "budget" if record.spent >= record.budget else "total-budget")
+        except Exception as error:  # an attack that raises ends its own image, not the run
+            record.error = f"{type(error).__name__}: {error}"
+            return self._finish(run, "error")
+        self._enqueue(run, query)
+
+    def _resume(self, run: _Run) -> Query:
+        run.task.remaining = self._remaining(run)
+        if not run.started:
+            run.started = True
+            return next(run.search)
+        if run.failure is not None:
+            return run.search.throw(run.failure)
+        if run.cut:
+            run.search.throw(BudgetExhausted())
+            raise BudgetExhausted  # the attack caught it and asked again: it may not go on
+        answer, run.parts = _joined(run.parts), []
+        return run.search.send(answer)
+
+    @staticmethod
+    def _check(query: Query, task: Task) -> None:
+        rows, image = query.rows, task.image
+        if rows.ndim != 4 or rows.shape[1:] != image.shape or not rows.shape[0]:
+            raise ValueError(f"the attack asked rows of shape {[*rows.shape]}, expected {['n', *image.shape]}")
+        if rows.dtype != torch.float32 or rows.device != image.device:
+            raise ValueError(f"the attack asked {rows.dtype} rows on {rows.device}, expected float32 on {image.device}")
+
+    def _finish(self, run: _Run, reason: StopReason) -> None:
+        run.record.stop = reason
+        run.task.remaining = 0
+        try:
+            run.search.close()
+        except Exception as error:
+            run.record.error = run.record.error or f"{type(error).__name__}: {error}"
+
+    # Rows on their way: budget, buffer, forward pass.
+
+    def _remaining(self, run: _Run) -> int:
+        left = run.record.budget - run.record.spent
+        if self.oracle.total_budget is not None:
+            left = min(left, self.oracle.total_budget - self.oracle.charged - self._buffered)
+        return left
+
+    def _enqueue(self, run: _Run, query: Query) -> None:
+        rows = query.rows
+        granted = min(rows.shape[0], self._remaining(run))
+        run.cut = granted < rows.shape[0]
+        task = run.task
+        phase: Phase = "calibrate" if query.kind == "calibrate" else "attack"
+        aim = goal(task.label, task.target)
+        start = 0
+        while start < granted and run.failure is None:
+            stop = min(granted, start + self.batch.size - self._buffered)
+            self._buffer.append(_Piece(run, rows[start:stop] if stop - start < rows.shape[0] else rows, phase, aim))
+            self._buffered += stop - start
+            start = stop
+            if self._buffered == self.batch.size:
+                self._flush()
+
+    def _flush(self) -> None:
+        pieces, self._buffer, self._buffered = self._buffer, [], 0
+        if not pieces:
+            return
+        rows = torch.cat([piece.rows for piece in pieces])
+        if bad := self.oracle.inadmissible(rows):
+            pieces = self._refuse(pieces, bad)
+            if not pieces:
+                return
+            rows = torch.cat([piece.rows for piece in pieces])
+        rows = self.oracle.round(rows)
+        counts = [piece.rows.shape[0] for piece in pieces]
+        phases: Counter[Phase] = Counter()
+        for piece, count in zip(pieces, counts, strict=True):
+            phases[piece.phase] += count
+        accounts = np.repeat([piece.run.record.account for piece in pieces], counts)
+        start = time.perf_counter()
+        answer = self._ask(rows, torch.from_numpy(accounts), phases)
+        self.batch.observe(len(rows), time.perf_counter() - start)
+        self._note(pieces, counts, rows, answer)
+
+    def _refuse(self, pieces: list[_Piece], bad: list[int]) -> list[_Piece]:
+        """Drop the queries that hold inadmissible rows: nothing of these pieces is charged, their attacks are told."""
+        owner = np.repeat(np.arange(len(pieces)), [piece.rows.shape[0] for piece in pieces])
+        refused = set(owner[bad].tolist())
+        for k in refused:
+            pieces[k].run.failure = ValueError("the attack asked a row with NaN or outside the box [0, 1]")
+        return [piece for k, piece in enumerate(pieces) if k not in refused]
+
+    def _ask(self, rows: Tensor, accounts: Tensor, phases: dict[Phase, int]) -> Answer:
+        try:
+            return self.oracle.ask(rows, accounts, phases)
+        except torch.OutOfMemoryError as error:
+            if len(rows) == 1:
+                raise ModelError(f"the device cannot hold one row: {error}") from error
+            self.batch.out_of_memory()
+            half = len(rows) // 2  # already charged
+            return _joined([self._ask(rows[:half], accounts[:half], {}), self._ask(rows[half:], accounts[half:], {})])
+
+    # Answers on their way back: the books first, then the attack's share.
+
+    def _note(self, pieces: list[_Piece], counts: list[int], rows: Tensor, answer: Answer) -> None:
+        goals = np.repeat([piece.goal for piece in pieces], counts)
+        hits = np.flatnonzero(reached(goals, answer.labels.numpy(), answer.status.numpy()))
+        if len(hits):
+            self._record(pieces, counts, rows, hits)
+        visible = self.oracle.visible(answer)
+        scores = torch.split(visible.scores, counts) if visible.scores is not None else (None,) * len(counts)
+        shares = zip(
+            pieces,
+            torch.split(visible.labels, counts),
+            scores,
+            torch.split(visible.status, counts),
+            counts,
+            strict=True,
+        )
+        for piece, its_labels, its_scores, its_status, count in shares:
+            piece.run.parts.append(Answer(its_labels, its_scores, its_status))
+            piece.run.record.spent += count
+
+    def _record(self, pieces: list[_Piece], counts: list[int], rows: Tensor, hits: NDArray[np.intp]) -> None:
+        """Update the books by the rows that reached their goals (positions in the pass, ascending)."""
+        owner = np.repeat(np.arange(len(pieces)), counts)[hits]
+        first = np.cumsum([0, *counts[:-1]])
+        task = pieces[0].run.task  # the norm is the run's
+        images = torch.stack([pieces[k].run.task.image for k in owner]) if len(pieces) > 1 else task.image
+        distances = distance(rows[torch.from_numpy(hits).to(rows.device)] - images, task.norm).tolist()
+        improved: dict[int, int] = {}
+        for position, k, far in zip(hits.tolist(), owner.tolist(), distances, strict=True):
+            record = pieces[k].run.record
+            if far < record.distance:
+                record.distance = far
+                record.trace.append((record.spent + position - int(first[k]) + 1, far))
+                improved[k] = position
+        for k, position in improved.items():
+            pieces[k].run.record.best = rows[position].clone()
+
+    def _state(self, live: int) -> Progress:
+        runs = self._runs
+        won = sum(inside(run.record.distance, run.task.epsilon) for run in runs)
+        total = sum(run.record.spent if run.record.stop else run.record.budget for run in runs)
+        total = min(total, self.oracle.total_budget or total)
+        return Progress(self.oracle.charged, total, live, len(runs) - live, won)
+
+
+def _joined(parts: list[Answer]) -> Answer:
+    """The answers of a query's pieces as one."""
+    if len(parts) == 1:
+        return parts[0]
+    scores = [part.scores for part in parts if part.scores is not None]
+    return Answer(
+        torch.cat([part.labels for part in parts]),
+        torch.cat(scores) if scores else None,
+        torch.cat([part.status for part in parts]),
+    )

@@ -1,0 +1,188 @@
+"""The five nouns of robustbox: BlackBox, Answer, Query, Task and Attack. Start reading here.
+
+A model that can only be queried is a black box; a defense is a black box around a black box; an attack is a generator of
+queries; one oracle (`robustbox.oracle`) stands between them and owns every count, and one loop (`robustbox.loop`) drives
+many attacks at once:
+
+    attack.search(task)  --Query-->  QueryLoop  --rows-->  Oracle  --rows-->  BlackBox
+                         <--Answer--            <--Answer--        <--Answer--
+
+Shapes: n rows, K classes, images C x H x W. Images and distances are in [0, 1] units throughout; normalisation belongs to
+the black box.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Norm = Literal["l0", "l2", "linf"]
+"""l0 counts changed pixels (all channels of a position are one pixel)."""
+Kind = Literal["init", "probe", "step", "line", "calibrate"]
+"""What a query is for: a start, an estimate, a candidate iterate, a line search, or getting to know a defense."""
+Knowledge = str
+"""What an attacker sees of an answer: `label`, `top-K` (K a number), `score` (probabilities) or `logit`."""
+Scores = Literal["none", "probability", "logit"]
+
+NORMS: tuple[Norm, ...] = get_args(Norm)
+ANSWERED, REJECTED, BANNED = 0, 1, 2
+"""The status of a row: the model answered; a gate refused the row; a gate no longer serves the account."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for n rows.
+
+    Args:
+        labels: int64 [n], the top-1 class; -1 where the row was not answered.
+        scores: float [n,K], or None where none are given. Under `top-K` the hidden classes hold 0.
+        status: uint8 [n], one of ANSWERED, REJECTED, BANNED.
+
+    An attack receives `labels` and `status` on the host (moved once a round for all images together, because attacks
+    branch on them) and `scores` on the black box's device.
+    """
+
+    labels: Tensor
+    scores: Tensor | None
+    status: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, scores: Tensor | None = None) -> Answer:
+        """An answer in which every row was answered."""
+        return cls(labels, scores, torch.zeros(len(labels), dtype=torch.uint8, device=labels.device))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class BlackBox(ABC):
+    """Answers rows. A torch module, an HTTP service and a defended model are all black boxes.
+
+    Attributes:
+        name: how reports call it.
+        device: where rows are expected and scores come back.
+        input_shape: (C, H, W), or None where any size is taken.
+        classes: number of classes K, or None where not known before the first answer.
+        scores: what `Answer.scores` holds; None where not known before the first answer.
+        stochastic: the same row may be answered differently when it is asked again.
+        inner: the black box that this one defends, or None where it stands for itself.
+    """
+
+    name: str = "black box"
+    device: torch.device = torch.device("cpu")
+    input_shape: tuple[int, int, int] | None = None
+    classes: int | None = None
+    scores: Scores | None = None
+    stochastic: bool = False
+    inner: BlackBox | None = None
+
+    @abstractmethod
+    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        """Answer rows float32 [n,C,H,W] in [0, 1], sent by accounts int64 [n] (on the host)."""
+
+    def describe(self) -> dict[str, object]:
+        """What a result must record of this black box, as plain JSON values."""
+        return {"name": self.name, "stochastic": self.stochastic}
+
+
+class Defense(ABC):
+    """A recipe that puts a black box around a black box; a frozen dataclass of its hyper-parameters."""
+
+    name: ClassVar[str]
+
+    def options(self) -> dict[str, object]:
+        """The hyper-parameters, for the record."""
+        return dict(vars(self))
+
+    @abstractmethod
+    def wrap(self, box: BlackBox, seed: int) -> BlackBox:
+        """The defended black box. Its randomness comes from `seed` and the rows' accounts alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One request of an attack for one image: rows float32 [n,C,H,W] in [0, 1], each of which costs one query."""
+
+    rows: Tensor
+    kind: Kind = "probe"
+
+
+class BudgetExhausted(Exception):  # noqa: N818  (a signal, not a fault)
+    """Thrown into an attack when its budget is spent: the row after the last one is never sent.
+
+    The rows of the last query that the budget still covered were sent, charged and recorded. The attack may clean up but
+    not ask again.
+    """
+
+
+@dataclass(slots=True)
+class Task:
+    """What the attacker knows about one image.
+
+    Args:
+        image: float32 [C,H,W] in [0, 1], on the black box's device.
+        label: the true class.
+        target: the class to reach, or None for any class but `label`.
+        norm: the distance to keep small.
+        epsilon: radius of the allowed ball, or None to minimise the distance.
+        generator: the image's own random stream, on the black box's device.
+        remaining: rows that may still be asked; kept up to date by the loop.
+        levels: grey levels that rows are rounded to before the model sees them (256 for 8 bits), or None.
+        pool: images [M,C,H,W] and labels [M] that the attacker owns, never the attacked ones, or None.
+    """
+
+    image: Tensor
+    label: int
+    target: int | None
+    norm: Norm
+    epsilon: float | None
+    generator: torch.Generator
+    remaining: int
+    levels: int | None = None
+    pool: tuple[Tensor, Tensor] | None = None
+
+    def reached(self, answer: Answer) -> Tensor:
+        """Which rows reached the goal: bool [n] on the host. A row that was not answered never did."""
+        labels = answer.labels
+        goal = labels != self.label if self.target is None else labels == self.target
+        return goal & (answer.status == ANSWERED)
+
+    def reached_any(self, answer: Answer) -> bool:
+        """Whether some row reached the goal; the quick form of `reached` for queries of few rows."""
+        for label, status in zip(answer.labels.tolist(), answer.status.tolist(), strict=True):
+            if status == ANSWERED and (label != self.label if self.target is None else label == self.target):
+                return True
+        return False
+
+
+Search = Generator[Query, Answer, None]
+
+
+class Attack(ABC):
+    """A query attack on ONE image: a frozen dataclass of hyper-parameters with one method.
+
+    An attack counts nothing (rows are counted where they pass), keeps no record of its best row (the loop does), prints
+    nothing, draws random numbers from `task.generator` only, and never sees the model. It clips to the box where its
+    geometry needs it; a row outside the box is an error.
+
+    Class attributes state what it needs: `knowledge` the least it must see (`label` or `score`), `norms` the distances that
+    it can keep small, `targeted` whether it can aim at a class.
+    """
+
+    name: ClassVar[str]
+    knowledge: ClassVar[Literal["label", "score"]] = "label"
+    norms: ClassVar[tuple[Norm, ...]] = ("l2",)
+    targeted: ClassVar[bool] = True
+
+    def options(self) -> dict[str, object]:
+        """The hyper-parameters, for the record."""
+        return dict(vars(self))
+
+    @abstractmethod
+    def search(self, task: Task) -> Search:
+        """Ask queries until the goal is reached as well as it can be; `answer = yield Query(rows)`."""

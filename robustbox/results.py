@@ -1,0 +1,113 @@
+"""What a run found, image by image, and how it is summed up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robustbox.loop import inside
+from robustbox.statistics import median, wilson
+
+MILESTONES = (50, 100, 250, 500, 1000, 2000, 5000, 10000, 20000, 50000)
+"""Query numbers at which summaries take the median distance, as far as the budget reaches."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttackResult:
+    """The outcome of one attack on N images.
+
+    Attributes:
+        success: bool [N], the headline: `success_fresh` where the black box is stochastic, else `success_any`. Always False for
+            images that were misclassified before the attack.
+        distance: float64 [N], from the image to its adversarial, recomputed on the very row that was sent; NaN without one.
+        queries: int64 [N], rows charged to the attacker (start search, estimates, line searches, calibration: all of them).
+        first_success: int64 [N], the query (counted from 1) that first reached the goal within epsilon; 0 = none did.
+        adversarials: float32 [N,C,H,W] on the black box's device, really sent and really answered so; NaN where none.
+        ledger: rows by phase; their sum is every row that the black box (or the undefended model) saw.
+        clean_correct: bool [N], classified correctly before the attack.
+        success_any: bool [N], some query reached the goal within epsilon.
+        success_fresh: bool [N], the adversarial reached the goal again when the evaluator asked: in the majority of 25 draws
+            where the black box is stochastic, else in one.
+        success_undefended: bool [N], the adversarial also fools the undefended model (the same as fresh without a defense).
+        stop_reasons: `success`, `budget`, `total-budget`, `finished` (the attack had no more to ask), `error`, `stopped` (the
+            run ended early) or `misclassified`.
+        errors: what an attack that raised had to say.
+        traces: (query, distance) at every improvement.
+        epsilon: the radius asked for, or None.
+        meta: what was run on what, by whom and with which versions: plain JSON values.
+    """
+
+    success: NDArray[np.bool_]
+    distance: NDArray[np.float64]
+    queries: NDArray[np.int64]
+    first_success: NDArray[np.int64]
+    adversarials: Tensor
+    ledger: dict[str, int]
+    clean_correct: NDArray[np.bool_]
+    success_any: NDArray[np.bool_]
+    success_fresh: NDArray[np.bool_]
+    success_undefended: NDArray[np.bool_]
+    stop_reasons: list[str]
+    errors: list[str | None]
+    traces: list[list[tuple[int, float]]]
+    epsilon: float | None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.success)
+
+    def distance_at(self, queries: int) -> NDArray[np.float64]:
+        """The least adversarial distance of each image within its first `queries` queries, [N]; inf until one is found.
+
+        Misclassified images are NaN: nothing was asked about them.
+        """
+        best = [min((far for query, far in trace if query <= queries), default=np.inf) for trace in self.traces]
+        return np.where(self.clean_correct, best, np.nan)
+
+    def success_at(self, queries: int, epsilon: float | None = None) -> NDArray[np.bool_]:
+        """Which images have an adversarial within `queries` queries and `epsilon` (None: the run's own), bool [N]."""
+        radius = self.epsilon if epsilon is None else epsilon
+        return np.array([inside(far, radius) for far in self.distance_at(queries)], dtype=bool)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, shares with 95 % Wilson intervals, and median distances at fixed query numbers; plain JSON values.
+
+        Shares of success are over the images that were classified correctly; `robust_accuracy` is over all images.
+        """
+        n, attacked = len(self), int(self.clean_correct.sum())
+        budget = self.meta.get("budget") or int(self.queries.max(initial=0))
+        points = [q for q in MILESTONES if q < budget] + [budget]
+        shares = {
+            "clean_accuracy": (attacked, n),
+            "robust_accuracy": (int((self.clean_correct & ~self.success).sum()), n),
+            "success": (int(self.success.sum()), attacked),
+            "success_any": (int(self.success_any.sum()), attacked),
+            "success_fresh": (int(self.success_fresh.sum()), attacked),
+            "success_undefended": (int(self.success_undefended.sum()), attacked),
+        }
+        return {
+            "images": n,
+            "misclassified": n - attacked,
+            **{name: _share(*counts) for name, counts in shares.items()},
+            "median_distance": {str(q): median(self.distance_at(q)[self.clean_correct]) for q in points},
+            "success_at": {str(q): _share(int(self.success_at(q).sum()), attacked) for q in points},
+            "median_queries_to_success": median(self._censored_queries()),
+            "queries": int(self.queries.sum()),
+            "errors": sum(error is not None for error in self.errors),
+            "unconfirmed": int((self.success_any & ~self.success_fresh).sum()),
+            "ledger": dict(self.ledger),
+        }
+
+    def _censored_queries(self) -> NDArray[np.float64]:
+        """Queries to the first success of each attacked image; inf where there was none."""
+        first = self.first_success[self.clean_correct].astype(float)
+        return np.where(first > 0, first, np.inf)
+
+
+def _share(hits: int, n: int) -> dict[str, Any]:
+    low, high = wilson(hits, n)
+    return {"hits": hits, "of": n, "share": hits / n if n else None, "low": low, "high": high}

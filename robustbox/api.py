@@ -103,7 +103,7 @@ def run_attack(
         keep_going=keep_going,
         max_rows=max_rows,
     )
-    with open_run(out, contest.meta()) as folder:
+    with open_run(out, contest.config()) as folder:
         contest.check_clean()
         check_knowledge(contest.oracle.knowledge, contest.attack.knowledge, contest.oracle.box)  # known by now
         try:

@@ -91,6 +91,24 @@ class Contest:
         twice = 0 if bare.box is self.oracle.box else draws(bare)
         return {"attack": attack, "verify": n * (2 * draws(self.oracle) + twice)}
 
+    def config(self) -> dict[str, Any]:
+        """The contest under the names of the command line's options, as far as names can tell."""
+        meta = self.meta()
+        same = ("norm", "epsilon", "budget", "total_budget", "knowledge", "levels", "seed", "keep_going")
+        defenses = [recipe["name"] for recipe in meta["defense"]]
+        return {
+            "model": meta["model"]["name"],
+            "images": len(self.labels),
+            "attack": meta["attack"]["name"],
+            "attack_options": meta["attack"]["options"],
+            "targets": self.targets if meta["targeted"] else None,
+            "defense": defenses or None,
+            **({"defense_options": meta["defense"][0]["options"]} if len(defenses) == 1 else {}),
+            **{name: meta[name] for name in same},
+            "device": str(self.images.device),
+            "max_rows": self.rules.max_rows,
+        }
+
     def check_clean(self) -> None:
         """Find the images that are classified correctly; the others are not attacked.
 

@@ -50,7 +50,7 @@ def load(kind: Kind, name: str) -> Any:
     group = f"robustbox.{kind}.schemes" if colon else f"robustbox.{kind}"
     entry = _entries(group).get(scheme)
     if entry is None:
-        known = [f"{s}:..." for s in schemes(kind)] + names(kind)
+        known = [f"{s}:{rest or '...'}" for s in schemes(kind)] + names(kind)
         raise unknown_name(_ARTICLES[kind], name, known)
     try:
         found = entry.load()

@@ -1,0 +1,1 @@
+"""Query attacks, one algorithm a file; `robustbox.attacks` entry points name them."""

@@ -1,0 +1,84 @@
+"""Input noise: every query is answered for the row plus fresh Gaussian noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from robustbox.errors import InputError
+from robustbox.identity import stream
+from robustbox.protocol import Answer, BlackBox, Defense
+
+
+@dataclass(frozen=True)
+class InputNoise(Defense):
+    """RND (Qin et al. 2021, "Random Noise Defense Against Query-Based Black-Box Attacks"): f(x + sigma v), v ~ N(0, I).
+
+    Two queries of one row differ, so that an attack's finite differences drown where its own steps are small beside
+    sigma. The noisy row may leave [0, 1]: the paper does not clip it, and neither does this unless `clip` is set (for a
+    model that refuses such rows). The paper's fine-tuning of the model under noise is the model's business.
+
+    Args:
+        sigma: standard deviation of the noise, in the units of the image (the paper's nu).
+        clip: whether the noisy row is clipped to [0, 1].
+
+    Query cost: one row of the model behind it for each row.
+
+    Raises:
+        InputError: sigma is negative or not finite.
+    """
+
+    name: ClassVar[str] = "input-noise"
+
+    sigma: float = 0.02
+    clip: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.sigma) and self.sigma >= 0):
+            raise InputError(f"sigma of input-noise must be a finite number of at least 0, not {self.sigma}")
+
+    def wrap(self, box: BlackBox, seed: int) -> BlackBox:
+        """The black box behind fresh noise; stochastic, whatever `box` is."""
+        return NoisyInputs(box, self, seed)
+
+
+class NoisyInputs(BlackBox):
+    """A black box behind `InputNoise`.
+
+    Each account draws from a stream of its own, seeded by (seed, account), row after row: what it is answered depends
+    neither on its neighbours nor on how rows are fused into passes.
+    """
+
+    stochastic = True
+
+    def __init__(self, inner: BlackBox, noise: InputNoise, seed: int) -> None:
+        self.inner: BlackBox = inner
+        self.name = f"{inner.name} behind {noise.name}"
+        self.device, self.input_shape = inner.device, inner.input_shape
+        self.classes, self.scores = inner.classes, inner.scores
+        self._noise, self._seed = noise, seed
+        self._streams: dict[int, torch.Generator] = {}
+
+    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        """Answer rows float32 [n,C,H,W] in [0, 1], each with noise drawn for it alone."""
+        noise = torch.empty_like(rows)
+        # A draw for each row: one draw of n rows takes other numbers from a generator than n draws of one.
+        for row, account in zip(noise, accounts.tolist(), strict=True):
+            row.normal_(generator=self._stream(account))
+        noisy = torch.add(rows, noise, alpha=self._noise.sigma)
+        answer = self.inner.answer(noisy.clamp_(0, 1) if self._noise.clip else noisy, accounts)
+        self.classes, self.scores = self.inner.classes, self.inner.scores  # a callable shows them with its first answer
+        return answer
+
+    def describe(self) -> dict[str, object]:
+        """What a result must record: the model behind, and the noise."""
+        return {**super().describe(), "options": self._noise.options(), "inner": self.inner.describe()}
+
+    def _stream(self, account: int) -> torch.Generator:
+        if account not in self._streams:
+            self._streams[account] = stream(self.device, self._seed, "input-noise", account)
+        return self._streams[account]

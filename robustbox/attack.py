@@ -1,0 +1,246 @@
+"""`python -m robustbox.attack`: attack a model that can only be queried, show what came of it, write the run's folder.
+
+Exit codes: 0 the run ended, whatever it found; 2 bad input or a model that failed (one line on stderr says which); 130
+the run was interrupted. What was found until then stands in the folder in every case.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, TextIO, get_args
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from robustbox import registry
+from robustbox.api import load_data, run_attack, worst_case
+from robustbox.boxes import as_black_box
+from robustbox.config import PROGRAM, AttackConfig, Command, parse
+from robustbox.errors import InputError, ModelError
+from robustbox.folder import open_run
+from robustbox.identity import sha256, stream
+from robustbox.loop import Progress
+from robustbox.protocol import BlackBox
+from robustbox.results import AttackResult
+
+SAMPLES = {
+    "cifar10-resnet20": "foolbox:cifar10",
+    "digits-cnn": "digits",
+    "imagenet-efficientnet-lite0": "foolbox:imagenet",
+}
+"""The data that each model of the zoo is attacked on unless told otherwise."""
+_IMAGES, _SHOWN = 20, 50
+"""Images attacked unless told otherwise; images shown one by one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        command = parse(sys.argv[1:] if argv is None else argv)
+        if command.listing:
+            show_names(Console())
+        else:
+            run(command)
+    except (InputError, ModelError) as error:
+        _complain(error, str(error))
+        return 2
+    except KeyboardInterrupt as interrupt:
+        _complain(interrupt, "interrupted")
+        return 130
+    return 0
+
+
+def _complain(error: BaseException, message: str) -> None:
+    line = "; ".join([message, *getattr(error, "__notes__", [])])
+    print(f"{PROGRAM}: {' '.join(line.split())}", file=sys.stderr)
+
+
+def run(command: Command) -> None:
+    """Attack as the command says; the folder is written however the run ends."""
+    config, console = command.config, Console(quiet=command.quiet)
+    box = as_black_box(config.model, config.device)
+    name = config.data or _own_data(config.model)
+    everything, classes = load_data(name)[:2]
+    n = _count(config.images, len(everything))
+    images, labels = everything[:n], classes[:n]
+    arguments: dict[str, Any] = {
+        "attack": config.attack,
+        "attack_options": config.attack_options,
+        "norm": config.norm,
+        "epsilon": config.epsilon,
+        "targets": _targets(config, box, images, labels),
+        "budget": config.budget,
+        "total_budget": config.total_budget,
+        "defense": config.defense,
+        "defense_options": config.defense_options,
+        "knowledge": config.knowledge,
+        "levels": config.levels,
+        "seed": config.seed,
+        "keep_going": config.keep_going,
+        "max_rows": config.max_rows,
+        "pool": _rest(everything, classes, n),
+    }
+    if command.dry_run:
+        return show_worst_case(worst_case(box, images, labels, **arguments), Console())
+    out = config.out or _new_folder(config)
+    settled = replace(config, data=name, images=n)
+    with open_run(out, settled.what_to_run()) as folder, Bar(sys.stderr, disable=command.quiet or None) as bar:
+        try:
+            result = run_attack(box, images, labels, **arguments, out=folder, progress=bar)
+        except (ModelError, KeyboardInterrupt) as stop:
+            if folder.written:
+                stop.add_note(f"what was found until then is in {out}")
+            raise
+    show(result, console)
+    console.print(f"written to {out}", highlight=False)
+
+
+class Bar(AbstractContextManager["Bar"]):
+    """A progress bar on a stream: rows asked of the worst case, rows a second, images that succeeded so far.
+
+    Args:
+        stream: where to draw.
+        disable: True never draws, None draws on terminals only.
+    """
+
+    def __init__(self, stream: TextIO, disable: bool | None) -> None:
+        self._bar = tqdm(file=stream, disable=disable, unit=" rows", dynamic_ncols=True, smoothing=0.1)
+
+    def __call__(self, state: Progress) -> None:
+        """Show where the run stands."""
+        self._bar.total = state.total
+        self._bar.set_postfix_str(f"{state.succeeded} of {state.live + state.done} succeeded", refresh=False)
+        self._bar.update(state.rows - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def show(result: AttackResult, console: Console) -> None:
+    """The result as two tables: image by image, and summed up."""
+    norm = result.meta["norm"]
+    table = _table("images", "image", "label", "outcome", norm, "first at", "queries", "ended by")
+    for i, identity in enumerate(result.meta["images"][:_SHOWN]):
+        found, asked = bool(result.first_success[i]), bool(result.clean_correct[i])
+        goal = f"{identity['label']}" if identity["target"] is None else f"{identity['label']} to {identity['target']}"
+        table.add_row(
+            str(i),
+            goal,
+            "success" if result.success[i] else "not confirmed" if found else "failed" if asked else "-",
+            f"{result.distance[i]:.4g}" if found else "-",
+            str(result.first_success[i]) if found else "-",
+            str(result.queries[i]) if asked else "-",
+            result.errors[i] or result.stop_reasons[i],
+        )
+    console.print(table)
+    if len(result) > _SHOWN:
+        console.print(f"and {len(result) - _SHOWN} more in results.json")
+    console.print(_summed_up(result, norm))
+
+
+def _summed_up(result: AttackResult, norm: str) -> Table:
+    summary, meta = result.summary(), result.meta
+    table = _table(f"{meta['attack']['name']} on {meta['model']['name']}", "", "")
+    table.show_header = False
+    shares = {
+        "classified correctly": "clean_accuracy",
+        "success": "success",
+        "accuracy under attack": "robust_accuracy",
+    }
+    if meta["stochastic"] or meta["defense"]:
+        shares |= {
+            "success on any query": "success_any",
+            "success on fresh draws": "success_fresh",
+            "success undefended": "success_undefended",
+        }
+    for title, key in shares.items():
+        share = summary[key]
+        if share["share"] is not None:
+            interval = f"95 % interval {share['low']:.1%} to {share['high']:.1%}"
+            table.add_row(title, f"{share['hits']} of {share['of']} = {share['share']:.1%} ({interval})")
+    medians = "  ".join(f"{q}: {far:.4g}" for q, far in summary["median_distance"].items())
+    table.add_row(f"median {norm} after queries", medians)
+    table.add_row("median queries to success", f"{summary['median_queries_to_success']:.6g}")
+    table.add_row("rows by ledger", ", ".join(f"{phase} {rows}" for phase, rows in summary["ledger"].items()))
+    if meta["rows_per_second"]:
+        seconds = sum(meta["seconds"].values())
+        table.add_row("speed", f"{meta['rows_per_second']:.0f} rows/s of attack, {seconds:.1f} s in all")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left")
+
+
+def show_worst_case(rows: dict[str, int], console: Console) -> None:
+    """What a run would ask at most."""
+    table = _table("worst case", "ledger", "rows")
+    for phase, count in [*rows.items(), ("in all", sum(rows.values()))]:
+        table.add_row(phase, str(count))
+    console.print(table)
+    console.print("no query was asked")
+
+
+def show_names(console: Console) -> None:
+    """Everything that can be named, each with one line."""
+    for kind in get_args(registry.Kind):
+        table = _table(kind, "name", "what it is")
+        for name, line in registry.describe(kind).items():
+            table.add_row(name, line)
+        console.print(table)
+
+
+def _own_data(model: str) -> str:
+    if model not in SAMPLES:
+        raise InputError(f"model {model} comes with no images of its own: name some with --data (see --list)")
+    return SAMPLES[model]
+
+
+def _count(wanted: int | None, there: int) -> int:
+    if wanted is None:
+        return min(_IMAGES, there)
+    if not 1 <= wanted <= there:
+        raise InputError(f"--images must be from 1 to {there}, the size of the data set; not {wanted}")
+    return wanted
+
+
+def _targets(config: AttackConfig, box: BlackBox, images: Tensor, labels: Tensor) -> int | list[int] | None:
+    """Target classes as `run_attack` takes them; a random one depends on seed and image, not on its neighbours."""
+    if not isinstance(config.targets, str):
+        return config.targets
+    classes = box.classes
+    if classes is None or classes < 2:
+        raise InputError(
+            f"--targets {config.targets}: the model does not tell its number of classes, name them one by one"
+        )
+    if config.targets == "next":
+        return [(int(label) + 1) % classes for label in labels]
+    cpu = torch.device("cpu")
+    streams = [stream(cpu, config.seed, sha256(image), "target") for image in images]
+    steps = [int(torch.randint(1, classes, (1,), generator=generator)) for generator in streams]
+    return [(int(label) + step) % classes for label, step in zip(labels, steps, strict=True)]
+
+
+def _rest(images: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
+    """The images that are not attacked, nor copies of those that are: the attacker's own."""
+    attacked = {sha256(image) for image in images[:n]}
+    own = [i for i in range(n, len(images)) if sha256(images[i]) not in attacked]
+    return (images[own], labels[own]) if own else None
+
+
+def _new_folder(config: AttackConfig) -> str:
+    what = re.sub(r"[^\w.-]+", "-", f"{config.model}-{config.attack}")
+    return f"runs/{datetime.now():%Y%m%d-%H%M%S}-{what}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

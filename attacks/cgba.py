@@ -62,7 +62,7 @@ class CGBA(Attack):
         tolerance: a search ends when its bracket is shorter than this share of the current distance; default: than sigma.
         subspace: where noise is drawn: full, dct, fft, grid or tiles; default: full, but dct from 64 pixels a side on.
         factor: by how much a subspace is smaller than the image along each side; default 4.
-        memory: share of the earlier normal estimates that is kept in the next one; 0 as in the paper, 0.8 saves queries.
+        memory: share of the earlier normal estimates that is kept in the next one; 0 as in the paper.
     """
 
     name: ClassVar[str] = "cgba"

@@ -20,6 +20,8 @@ from .subspaces import Sampler, sampler
 
 ROW_BYTES = 64 * 2**20
 """Memory of one query's rows: 111 rows of 3 x 224 x 224."""
+HELD_BYTES = 2**20
+"""Memory of the noise that a search keeps while it waits: 85 rows of 3 x 32 x 32."""
 MAX_HALVINGS = 50
 
 
@@ -176,12 +178,18 @@ def estimate_normal(
     chunk = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
     for start in range(0, count, chunk):
         size = min(chunk, count - start)
-        state = task.generator.get_state()
-        answer = yield Query(torch.add(point, sample(size), alpha=sigma).clamp_(0, 1))
+        # Many searches wait side by side: large noise is not held until the answer is there, but then drawn again.
+        if size * point.numel() * point.element_size() <= HELD_BYTES:
+            noise = sample(size)
+            answer = yield Query(torch.add(point, noise, alpha=sigma).clamp_(0, 1))
+        else:
+            state = task.generator.get_state()
+            answer = yield Query(torch.add(point, sample(size), alpha=sigma).clamp_(0, 1))
+            task.generator.set_state(state)
+            noise = sample(size)
         reached, known = task.reached(answer), answer.status == ANSWERED
         signs = (2 * reached.float() - known.float()).to(point.device)
-        # Many searches wait for their answers side by side: the noise is drawn again rather than held until then.
-        task.generator.set_state(state)
-        total += torch.tensordot(signs, sample(size), 1)
+        total += (signs @ noise.flatten(1)).view_as(total)
         positive, answered = positive + int(reached.sum()), answered + int(known.sum())
+        del noise
     return total, positive / answered if answered else math.nan

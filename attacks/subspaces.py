@@ -7,7 +7,7 @@ f >= 1 with h = floor(H/f), w = floor(W/f) (at least 1):
     full   N(0, 1) on every pixel and channel                                        C H W dimensions
     dct    the h x w lowest frequencies of the orthonormal 2-D DCT-II                C h w  (QEBA, GeoDA, CGBA)
     fft    the frequencies |k_y| <= h/2, |k_x| <= w/2 of the 2-D Fourier transform   about C h w, periodic
-    grid   an h x w grid, enlarged to the nearest cell                               C h w  (Ilyas et al. 2019, NNI of BayesAttack)
+    grid   an h x w grid, enlarged to the nearest cell                               C h w  (NNI of BayesAttack)
     tiles  one h x w pattern, repeated over the image                                C h w
 
 All of them are `full` at f = 1.

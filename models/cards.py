@@ -95,7 +95,7 @@ CIFAR10_RESNET20 = Card(
     ),
     licence="Apache-2.0",
     source="trained on the CIFAR-10 training set (strongly JPEG-compressed) by scripts/train_cifar10.py, seed 0",
-    sha256="",
+    sha256="dd180262d422ebc917c44011beca9d3d2f29fef152bca1a6b8f9513ebc7c210f",
 )
 
 IMAGENET_EFFICIENTNET_LITE0 = Card(

@@ -49,10 +49,10 @@ class Data(NamedTuple):
 
 
 def digits(train: bool = False) -> Data:
-    """The 8x8 grey digits of scikit-learn, divided by 16: 360 test images, or the 1437 that `digits-cnn` learnt from.
+    """The 8x8 grey digits of scikit-learn, divided by 16: 360 images that `digits-cnn` was not trained on.
 
-    The test images, 35 to 37 of each class, are those that scikit-learn's `train_test_split(range(1797), test_size=360,
-    random_state=0, stratify=target)` draws, in its order.
+    (With `train` the 1437 others.) The test images, 35 to 37 of each class, are those that scikit-learn draws by
+    `train_test_split(range(1797), test_size=360, random_state=0, stratify=target)`, in its order.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -103,8 +103,8 @@ def npz(path: str) -> Data:
 def folder(path: str) -> Data:
     """Image files of one size, grey where all are, RGB otherwise.
 
-    They stand in a folder a class, PATH/CLASS/FILE, classes numbered in the order of their names; or all in one, named by
-    the number of their class in four digits, PATH/IIII_ANYTHING.
+    They stand in a folder a class, PATH/CLASS/FILE, classes numbered in the order of their names; or all in one, named
+    by the number of their class in four digits, PATH/IIII_ANYTHING.
     """
     name, root = f"folder:{path}", Path(path)
     if not root.is_dir():

@@ -29,7 +29,9 @@ Parts = dict[str, bytes]
 
 
 def model_file(path: str) -> nn.Module:
-    """The model of a file, on the CPU, in evaluation mode; its card holds the shapes that an exported program states.
+    """A model that torch.export.save or torch.jit.save wrote: `file:PATH`.
+
+    It stands on the CPU, in evaluation mode; its card holds the shapes that an exported program states.
 
     Raises:
         InputError: the file cannot be read, is truncated, is a pickle or neither kind of model, or is a program that
@@ -92,8 +94,8 @@ def _refuse_objects(parts: Parts, name: str) -> None:
                 raise ValueError("compiled code")
             if place.endswith(".pt"):
                 torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            if place.endswith("_config.json"):
-                for entry in json.loads(content)["config"].values():
+            if place.endswith(".json"):  # older readers take what is no JSON for a pickle
+                for entry in dict(json.loads(content)).get("config", {}).values():
                     if entry["use_pickle"] or not entry["path_name"].startswith(("weight_", "tensor_")):
                         raise ValueError("a pickled object")
         except Exception as error:

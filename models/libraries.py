@@ -1,8 +1,8 @@
 """Models of other libraries, by name: `timm:NAME` and `torchvision:NAME`.
 
 Pretrained weights come from the library's cache or the network. Random weights come only when they are asked for in so
-many words: `timm:resnet18?weights=random` (drawn from seed 0, whatever the global random state). A model takes images in
-[0, 1] of the size that its library states, and normalises them inside as its library states.
+many words: `timm:resnet18?weights=random` (drawn from seed 0, whatever the global random state). A model takes images
+in [0, 1] of the size that its library states, and normalises them inside as its library states.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .networks import seeded
 
 
 def timm_model(text: str) -> nn.Module:
-    """`timm:NAME`, or `timm:NAME.TAG` for one of several sets of weights.
+    """A pretrained model of timm: `timm:NAME`, or `timm:NAME.TAG` for one of several sets of weights.
 
     Raises:
         InputError: no such model, no pretrained weights for it, or they cannot be fetched.
@@ -52,7 +52,7 @@ def timm_model(text: str) -> nn.Module:
 
 
 def torchvision_model(text: str) -> nn.Module:
-    """`torchvision:NAME` with its default weights, or `torchvision:NAME?weights=IMAGENET1K_V1` with others.
+    """A pretrained classifier of torchvision: `torchvision:NAME`, or `torchvision:NAME?weights=IMAGENET1K_V1`.
 
     Raises:
         InputError: no such classifier, no such weights, or they cannot be fetched.

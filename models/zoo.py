@@ -22,22 +22,22 @@ _WEIGHTS = Path(__file__).parent / "weights"
 
 
 def digits_cnn() -> nn.Module:
-    """`digits-cnn`: a small network for the digits of scikit-learn, trained here."""
+    """A small network for the digits of scikit-learn (8x8, grey), trained here."""
     with seeded():
         return _own(DigitsCNN(), DIGITS_CNN)
 
 
 def cifar10_resnet20() -> nn.Module:
-    """`cifar10-resnet20`: the ResNet-20 of He et al. 2016 for CIFAR-10, trained here."""
+    """The ResNet-20 of He et al. 2016 for CIFAR-10 (32x32, colour), trained here."""
     with seeded():
         return _own(CifarResNet(), CIFAR10_RESNET20)
 
 
 def imagenet_efficientnet_lite0() -> nn.Module:
-    """`imagenet-efficientnet-lite0`: EfficientNet-Lite0 for ImageNet, from the extra `imagenet`.
+    """EfficientNet-Lite0 for ImageNet (224x224, colour), from the extra `imagenet`.
 
     The package holds the weights under other names than timm, but in the order of its tensors. They were trained on
-    images scaled to [-1, 1]: with them 221 of 250 images are right, with ImageNet's mean and deviation 200.
+    images scaled to [-1, 1]: so fed it gets 221 of 250 images right, 200 with ImageNet's mean and standard deviation.
     """
     card = IMAGENET_EFFICIENTNET_LITE0
     try:

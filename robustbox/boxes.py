@@ -25,6 +25,7 @@ from robustbox.protocol import Answer, BlackBox, Scores
 
 _SUM_TOLERANCE = 1e-3
 """Probabilities of a row sum to 1 within this."""
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
 class LocalBox(BlackBox):
@@ -52,11 +53,11 @@ class LocalBox(BlackBox):
         if output.is_floating_point():
             kind = self.scores if self.scores in ("probability", "logit") else _recognise(output)
             answer = Answer.of(output.argmax(dim=1), output)
+            self.classes = self.classes or output.shape[1]
         else:
             kind, answer = "none", Answer.of(output.long())
         if self.scores is None:
             self.scores = kind
-            self.classes = self.classes or (None if answer.scores is None else answer.scores.shape[1])
         if kind != self.scores:
             due, got = ("labels", "scores") if self.scores == "none" else ("scores", "labels")
             raise ModelError(f"{self.name} returned {got} where {due} were due: it must always return the same")
@@ -79,9 +80,6 @@ class LocalBox(BlackBox):
             f"{self.name} returned {what} for {n} rows: it must return float scores [n,K], one column a class "
             "(a yes-or-no model: two), or integer labels [n]"
         )
-
-
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
 def _recognise(scores: Tensor) -> Scores:

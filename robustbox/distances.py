@@ -17,5 +17,6 @@ def distance(deltas: Tensor, norm: Norm) -> Tensor:
     if norm == "l0":
         return deltas.ne(0).any(dim=1).flatten(1).sum(dim=1).double()
     if norm == "l2":
-        return torch.linalg.vector_norm(deltas.flatten(1), dim=1, dtype=torch.float64)
+        lengths: Tensor = torch.linalg.vector_norm(deltas.flatten(1), dim=1, dtype=torch.float64)
+        return lengths
     return deltas.flatten(1).abs().amax(dim=1).double()

@@ -76,6 +76,7 @@ class Progress:
 class _Run:
     """One attack in flight."""
 
+    index: int
     task: Task
     record: Record
     search: Search
@@ -121,7 +122,9 @@ class QueryLoop:
         self.batch = BatchSize(max_rows)
         self._keep_going = keep_going
         self._progress = progress
-        self._runs = [_Run(task, record, attack.search(task)) for task, record in zip(tasks, records, strict=True)]
+        pairs = enumerate(zip(tasks, records, strict=True))
+        self._runs = [_Run(k, task, record, attack.search(task)) for k, (task, record) in pairs]
+        self._images = torch.stack([run.task.image for run in self._runs])
         self._buffer: list[_Piece] = []
         self._buffered = 0
 
@@ -220,6 +223,7 @@ class QueryLoop:
         pieces, self._buffer, self._buffered = self._buffer, [], 0
         if not pieces:
             return
+        start = time.perf_counter()
         rows = torch.cat([piece.rows for piece in pieces])
         if bad := self.oracle.inadmissible(rows):
             pieces = self._refuse(pieces, bad)
@@ -232,10 +236,9 @@ class QueryLoop:
         for piece, count in zip(pieces, counts, strict=True):
             phases[piece.phase] += count
         accounts = np.repeat([piece.run.record.account for piece in pieces], counts)
-        start = time.perf_counter()
         answer = self._ask(rows, torch.from_numpy(accounts), phases)
-        self.batch.observe(len(rows), time.perf_counter() - start)
         self._note(pieces, counts, rows, answer)
+        self.batch.observe(len(rows), time.perf_counter() - start)
 
     def _refuse(self, pieces: list[_Piece], bad: list[int]) -> list[_Piece]:
         """Drop the queries that hold inadmissible rows: nothing of these pieces is charged, their attacks are told."""
@@ -280,9 +283,10 @@ class QueryLoop:
         """Update the books by the rows that reached their goals (positions in the pass, ascending)."""
         owner = np.repeat(np.arange(len(pieces)), counts)[hits]
         first = np.cumsum([0, *counts[:-1]])
-        task = pieces[0].run.task  # the norm is the run's
-        images = torch.stack([pieces[k].run.task.image for k in owner]) if len(pieces) > 1 else task.image
-        distances = distance(rows[torch.from_numpy(hits).to(rows.device)] - images, task.norm).tolist()
+        images = np.array([piece.run.index for piece in pieces])[owner]
+        which, whose = torch.from_numpy(np.stack((hits, images))).to(rows.device)
+        norm = pieces[0].run.task.norm  # the run's
+        distances = distance(rows[which] - self._images[whose], norm).tolist()
         improved: dict[int, int] = {}
         for position, k, far in zip(hits.tolist(), owner.tolist(), distances, strict=True):
             record = pieces[k].run.record

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def load(n: int) -> tuple[CifarResNet, Tensor, Tensor, tuple[Tensor, Tensor]]:
     return model, images[:n], labels[:n], (images[n : n + 500], labels[n : n + 500])
 
 
-class Spent(Exception):
+class SpentError(Exception):
     """The reference has asked its last query."""
 
 
@@ -128,12 +129,14 @@ class Counter:
         for d in torch.where(logits.argmax(1) != self.label, far, torch.inf).tolist():
             self.curve.append(min(d, self.curve[-1]) if self.curve else d)
         if len(self.curve) >= self.budget:
-            raise Spent
+            raise SpentError
         return logits
 
 
 @torch.no_grad()
-def reference(path: Path, model: CifarResNet, image: Tensor, marks: Sequence[int], factor: float, seed: int) -> list[float]:
+def reference(
+    path: Path, model: CifarResNet, image: Tensor, marks: Sequence[int], factor: float, seed: int
+) -> list[float]:
     """Distances of the authors' CGBA on one image at the query numbers of `marks`."""
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
@@ -157,10 +160,8 @@ def reference(path: Path, model: CifarResNet, image: Tensor, marks: Sequence[int
     counter.curve.clear()  # the label look-up of the constructor is free, as in its own books
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
+        with suppress(SpentError):
             attack.Attack()
-        except Spent:
-            pass
     return [counter.curve[q - 1] for q in marks]
 
 

@@ -3,8 +3,8 @@
     python scripts/train_digits.py --out models/weights/digits-cnn.safetensors
 
 AdamW with a cosine learning rate, random shifts by up to one pixel, label smoothing 0.1; ten seconds on a CPU. The run
-is seeded, but the last bits depend on the machine and its number of threads. The card in models/cards.py states the hash
-that the script prints.
+is seeded, but the last bits depend on the machine and its number of threads. The card in models/cards.py states the
+hash that the script prints.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_cgba_h_with_the_exact_normal_halves_the_angle(monkeypatch: pytest.Monke
     drive(CGBAH(tolerance=1e-5).search(of), of, flat)
     angles = [math.acos(0.2 / torch.dist(point, of.image).item()) for point in points[:4]]
     assert angles[0] > 1
-    for wide, narrow in zip(angles[:-1], angles[1:], strict=True):
+    for wide, narrow in pairwise(angles):
         assert narrow / wide == pytest.approx(0.5, abs=0.01)
 
 
@@ -117,9 +118,7 @@ FIGURES = [
 
 
 @pytest.mark.parametrize(("attack", "side", "figures"), FIGURES)
-def test_distance_over_the_optimum_of_a_half_space(
-    attack: type[CGBA], side: int, figures: tuple[float, ...]
-) -> None:
+def test_distance_over_the_optimum_of_a_half_space(attack: type[CGBA], side: int, figures: tuple[float, ...]) -> None:
     flat, queries = Flat((3, side, side), 0.2), (500, 1000, 2000, 5000)[: len(figures)]
     images = flat.images(6)
     result = run_attack(flat, images, [0] * 6, attack=attack(), budget=queries[-1])
@@ -213,7 +212,7 @@ def test_traces_only_fall_and_every_row_is_in_the_box(attack: type[CGBA]) -> Non
     black = torch.zeros(1, 9, 14)
     result = run_attack(model, torch.stack([black, black + 0.01]), [0, 0], attack=attack(), budget=800)
     for trace in result.traces:
-        assert all(a[1] > b[1] for a, b in zip(trace[:-1], trace[1:], strict=True))
+        assert all(a[1] > b[1] for a, b in pairwise(trace))
     assert model(result.adversarials).all()
     assert threshold <= result.distance[0] < 1.3 * threshold
 

@@ -58,7 +58,7 @@ def test_bisect_arc_stops_at_its_best_point_when_refused() -> None:
         seen.append(rows.item())
         return refuse((rows[:, 0, 0, 0] <= 0.9).long(), torch.tensor([len(seen) == 3]))
 
-    found, asked = drive(bisect_arc(of, lambda t: torch.full((1, 1, 1, 1), t), 0.0, 1.0, 1e-3), of, answers)
+    found, _ = drive(bisect_arc(of, lambda t: torch.full((1, 1, 1, 1), t), 0.0, 1.0, 1e-3), of, answers)
     assert seen == [0.5, 0.75, 0.875]
     assert found == 0.75
 
@@ -149,6 +149,20 @@ def test_no_query_holds_more_rows_than_the_memory_bound(monkeypatch: pytest.Monk
     again = torch.Generator().manual_seed(0)
     torch.randn(7 * 16, 3, 8, 8, generator=again)
     assert torch.equal(left, torch.randn(3, generator=again))
+
+
+def test_noise_that_is_drawn_again_is_the_noise_that_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = Flat((3, 8, 8), 0.2)
+    image = flat.images(1)[0]
+    point = (image + 0.2 * flat.normal)[None]
+    held = []
+    for limit in (0, 2**20):
+        monkeypatch.setattr(moves, "HELD_BYTES", limit)
+        of = task(image)
+        sample = sampler("dct", (3, 8, 8), 2, of.generator)
+        (total, _), (query,) = drive(estimate_normal(of, point, 0.001, 40, sample), of, flat)
+        held.append((total, query.rows, torch.randn(3, generator=of.generator)))
+    assert all(map(torch.equal, *held))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

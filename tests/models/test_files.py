@@ -162,6 +162,11 @@ def in_weights_of_the_old_format(parts: dict[str, bytes], bomb: Bomb) -> None:
     parts["m/data/weights/model.pt"] = torch_pickle({"w": bomb})
 
 
+def in_state_of_the_older_format(parts: dict[str, bytes], bomb: Bomb) -> None:
+    parts["version"] = b"8.8"
+    parts["serialized_state_dict.json"] = torch_pickle({"w": bomb})
+
+
 def in_another_case(parts: dict[str, bytes], bomb: Bomb) -> None:
     parts["m/DATA/Weights/Model.PT"] = torch_pickle({"w": bomb})
 
@@ -172,7 +177,15 @@ def as_compiled_code(parts: dict[str, bytes], bomb: Bomb) -> None:
 
 @pytest.mark.parametrize(
     "hide",
-    [in_sample_inputs, in_a_weight, in_a_constant, in_weights_of_the_old_format, in_another_case, as_compiled_code],
+    [
+        in_sample_inputs,
+        in_a_weight,
+        in_a_constant,
+        in_weights_of_the_old_format,
+        in_state_of_the_older_format,
+        in_another_case,
+        as_compiled_code,
+    ],
 )
 def test_objects_hidden_in_a_program_are_not_unpickled(
     hide: Callable[[dict[str, bytes], Bomb], None], program: Path, tmp_path: Path

@@ -59,7 +59,8 @@ class TestScores:
 
     def test_a_declaration_is_not_overruled(self) -> None:
         assert ask(lambda rows: logits(rows).softmax(1), scores="logit")[0].scores == "logit"
-        assert ask(logits, scores="probability")[0].scores == "probability"
+        box, _ = ask(logits, scores="probability")
+        assert (box.scores, box.classes) == ("probability", 7)
 
     def test_later_answers_do_not_change_it(self) -> None:
         box, _ = ask(logits)

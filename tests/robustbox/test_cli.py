@@ -22,6 +22,7 @@ from robustbox.config import PROGRAM, AttackConfig, parse
 from robustbox.errors import InputError
 from robustbox.loop import Progress
 from robustbox.protocol import Answer
+from tests.schema import check_document
 from tests.toys import Failing, HalfSpace, images
 
 N, SHAPE = 6, (3, 8, 8)
@@ -89,6 +90,12 @@ def test_a_run_counts_shows_and_writes(world: World, capsys: pytest.CaptureFixtu
     assert f"attack {120 * N}" in shown
     assert f"{found[0]:.4g}" in shown
     assert "written to one" in shown
+
+
+def test_what_a_run_writes_is_what_the_documentation_says(world: World, root: Path) -> None:
+    words = ["--attack", "cgba", "--budget", "60", "--targets", "1", "--defense", "input-noise", "--levels", "256"]
+    assert run(*words, "--out", "one") == 0
+    check_document(results("one"), root / "docs" / "results.md")
 
 
 def test_a_run_can_be_run_again_from_its_folder(world: World) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,17 +16,9 @@ from safetensors import safe_open
 from robustbox.errors import InputError
 from robustbox.folder import environment, open_run, read_run
 from robustbox.results import AttackResult
+from tests.schema import check_document
 
 SHAPE = (1, 2, 2)
-CHECKS = {
-    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "null": lambda value: value is None,
-    "share": lambda value: value is None or isinstance(value, int | float),
-    "any": lambda value: True,
-}
 
 
 def outcome() -> AttackResult:
@@ -75,34 +65,10 @@ def outcome() -> AttackResult:
     )
 
 
-def documented(root: Path) -> list[tuple[re.Pattern[str], str]]:
-    """(pattern of a path, type) of every field in docs/results.md."""
-    rows = re.findall(r"^\| (`[^|]+`) \| ([\w ]+) \|", (root / "docs" / "results.md").read_text(), re.MULTILINE)
-    paths = [(path, kind) for cell, kind in rows for path in re.findall(r"`([^`]+)`", cell)]
-    return [(re.compile(re.escape(path).replace(r"\*", r"[^.\[\]]+")), kind) for path, kind in paths]
-
-
-def flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Every leaf of a JSON value with its path."""
-    if isinstance(value, dict):
-        return [leaf for key, item in value.items() for leaf in flatten(item, f"{path}.{key}" if path else key)]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in flatten(item, f"{path}[]")]
-    return [(path, value)]
-
-
 def test_the_written_file_is_what_the_documentation_says(root: Path, tmp_path: Path) -> None:
     with open_run(tmp_path / "run", {"model": "planted"}) as folder:
         folder.write(outcome())
-    fields = documented(root)
-    assert len(fields) > 50
-    leaves = flatten(json.loads((tmp_path / "run" / "results.json").read_text()))
-    for path, value in leaves:
-        kinds = [kind for pattern, kind in fields if pattern.fullmatch(path)]
-        assert len(kinds) == 1, f"{path} stands {len(kinds)} times in the documentation"
-        assert any(CHECKS[kind](value) for kind in kinds[0].split(" or ")), f"{path} = {value!r} is no {kinds[0]}"
-    for pattern, _ in fields:
-        assert any(pattern.fullmatch(path) for path, _ in leaves), f"{pattern.pattern} is documented but not written"
+    check_document(json.loads((tmp_path / "run" / "results.json").read_text()), root / "docs" / "results.md")
 
 
 def test_what_is_written_can_be_read(tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Holds results.json against its documentation, docs/results.md."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+CHECKS = {
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+    "share": lambda value: value is None or isinstance(value, int | float),
+    "any": lambda value: True,
+}
+
+
+def check_document(document: dict[str, Any], documentation: Path) -> None:
+    """Assert that every field is documented once, with its type, and that every documented field is there."""
+    fields, leaves = documented(documentation), flatten(document)
+    assert len(fields) > 50
+    for path, value in leaves:
+        kinds = [kind for pattern, kind in fields if pattern.fullmatch(path)]
+        assert len(kinds) == 1, f"{path} stands {len(kinds)} times in the documentation"
+        assert any(CHECKS[kind](value) for kind in kinds[0].split(" or ")), f"{path} = {value!r} is no {kinds[0]}"
+    for pattern, _ in fields:
+        assert any(pattern.fullmatch(path) for path, _ in leaves), f"{pattern.pattern} is documented but not written"
+
+
+def documented(documentation: Path) -> list[tuple[re.Pattern[str], str]]:
+    """(pattern of a path, type) of every field in the documentation."""
+    rows = re.findall(r"^\| (`[^|]+`) \| ([\w ]+) \|", documentation.read_text(), re.MULTILINE)
+    paths = [(path, kind) for cell, kind in rows for path in re.findall(r"`([^`]+)`", cell)]
+    return [(re.compile(re.escape(path).replace(r"\*", r"[^.\[\]]+")), kind) for path, kind in paths]
+
+
+def flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Every leaf of a JSON value with its path."""
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in flatten(item, f"{path}.{key}" if path else key)]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in flatten(item, f"{path}[]")]
+    return [(path, value)]

@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import ClassVar, Literal
 
@@ -32,7 +32,7 @@ from robustbox.errors import InputError
 from robustbox.protocol import Answer, Attack, Norm, Query, Search, Task
 
 from .losses import Loss, check_loss, losses
-from .pixels import check_pixels, exactly, from_the_centre, paint, pixels_of, rows_a_query
+from .pixels import check_pixels, exactly, from_the_centre, paint, pixels_of
 
 Node = tuple[int, tuple[int, ...]]
 """A pixel: its position, and a place in the palette for each channel."""
@@ -72,39 +72,113 @@ class OnePixelFast(Attack):
     def search(self, task: Task) -> Search:
         k = pixels_of(task, self.pixels)
         board = Board(task, self.grid, self.palette)
-        patience: float = math.inf if k == 1 else self.patience
+        patience = math.inf if k == 1 else self.patience
         placed: list[Node] = []
         seeds, best, stale = board.seeds(), math.inf, 0
         while True:
             others = placed[1:] if len(placed) == k else placed
             ranked = yield from self._rank(task, board, others, seeds, patience)
-            if ranked is None or k == 1:
+            if not ranked or k == 1:
                 return
-            placed = [*others, ranked[0][1]]
+            loss, node = ranked[0]
+            placed = [*others, node]
             seeds = [node for _, node in ranked[: self.grid**2]]
-            stale = 0 if ranked[0][0] < best else stale + 1
-            best = min(best, ranked[0][0])
+            best, stale = min(loss, best), 0 if loss < best else stale + 1
             if stale == k:
                 patience, stale = 2 * patience, 0
 
     def _rank(
         self, task: Task, board: Board, others: list[Node], seeds: list[Node], patience: float
-    ) -> Generator[Query, Answer, list[tuple[float, Node]] | None]:
-        """Best-first search for one more pixel beside `others`: candidates with their losses, ascending.
+    ) -> Generator[Query, Answer, list[tuple[float, Node]]]:
+        """Best-first search for one more pixel beside `others`: candidates with their losses, the best first.
 
-        None once a row reached the goal. Ends when `patience` rows brought no gain or when nothing is left to ask.
+        Ends when `patience` rows brought no gain, or when nothing is left to ask. Empty once a row reached the goal.
         """
-        taken = {position for position, _ in others}
+        found: dict[Node, float] = {}
         order = count()  # first come, first served among equals
         heap = [(-math.inf, next(order), node) for node in seeds]
-        ranked: dict[Node, float] = {}
+        taken = {position for position, _ in others}
         best, idle = math.inf, 0
-        while heap and idle < patience:
-            front: dict[Node, float] = {}
-            while heap and len(front) < min(self.batch, rows_a_query(task)):
+        while idle < patience:
+            front: dict[Node, None] = {}
+            while heap and len(front) < self.batch:
                 _, _, node = heapq.heappop(heap)
-                if node not in ranked and node[0] not in taken:
-                    front[node] = math.nan
-            if not front: break
-            yield from ()
-        return sorted((loss, node) for node, loss in ranked.items())
+                if node not in found and node[0] not in taken:
+                    front[node] = None
+            if not front:
+                break
+            new = [node for node in front if frozenset([*others, node]) not in board.known]
+            if new and (yield from self._ask(task, board, others, new)):
+                return []
+            for node in front:
+                loss = found[node] = board.known[frozenset([*others, node])]
+                for neighbour in board.neighbours(node):
+                    heapq.heappush(heap, (loss, next(order), neighbour))
+            least = min(found[node] for node in front)
+            best, idle = min(least, best), 0 if least < best else idle + len(new)
+        return sorted((loss, node) for node, loss in found.items())
+
+    def _ask(
+        self, task: Task, board: Board, others: list[Node], nodes: list[Node]
+    ) -> Generator[Query, Answer, bool]:
+        """Ask the candidates that add one of `nodes` to `others` and note their losses; whether one reached the goal."""
+        answer = yield Query(board.painted([[*others, node] for node in nodes]))
+        for node, loss in zip(nodes, losses(task, answer, self.loss).tolist(), strict=True):
+            board.known[frozenset([*others, node])] = loss
+        return task.reached_any(answer)
+
+
+class Board:
+    """The pixels of an image as places of a search, and what is known of them.
+
+    Args:
+        task: the image and its threat model.
+        grid: pixels along each side of the coarse grid.
+        palette: values that a channel may take.
+
+    Attributes:
+        known: losses of all candidates that were asked.
+    """
+
+    def __init__(self, task: Task, grid: int, palette: int) -> None:
+        self.known: dict[frozenset[Node], float] = {}
+        self._task, self._grid, self._palette = task, grid, palette
+        _, self._height, self._width = task.image.shape
+        top = (task.levels or 256) - 1
+        self._values = torch.linspace(0, 1, palette, device=task.image.device).mul(top).round().div(top)
+        stride = max(min(self._height, self._width) // grid, 1)
+        steps = [stride >> n for n in range(1, stride.bit_length())] or [1]
+        around = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]
+        self._shifts = [(step * y, step * x) for step in steps for y, x in around]
+
+    def seeds(self) -> list[Node]:
+        """The grid, from the centre outwards, each pixel in the corner of the colour cube farthest from its own colour."""
+        rows, columns = (
+            {(2 * i + 1) * size // (2 * self._grid) for i in range(self._grid)} for size in (self._height, self._width)
+        )
+        farthest = self._task.image.flatten(1).lt(0.5).long().mul(self._palette - 1).T.tolist()
+        return [
+            (place, tuple(farthest[place]))
+            for place in from_the_centre(self._task).tolist()
+            if place // self._width in rows and place % self._width in columns
+        ]
+
+    def neighbours(self, node: Node) -> Iterator[Node]:
+        """The pixel with one channel at another value; the pixels around it in the same colour, far ones first."""
+        place, colour = node
+        for channel, own in enumerate(colour):
+            for value in range(self._palette):
+                if value != own:
+                    yield place, (*colour[:channel], value, *colour[channel + 1 :])
+        row, column = divmod(place, self._width)
+        for down, right in self._shifts:
+            y, x = row + down, column + right
+            if 0 <= y < self._height and 0 <= x < self._width:
+                yield y * self._width + x, colour
+
+    def painted(self, candidates: list[list[Node]]) -> Tensor:
+        """The rows of candidates of equally many pixels, [n,C,H,W]."""
+        device = self._task.image.device
+        places = torch.tensor([[place for place, _ in nodes] for nodes in candidates], device=device)
+        colours = torch.tensor([[colour for _, colour in nodes] for nodes in candidates], device=device)
+        return paint(self._task, *exactly(self._task, places, self._values[colours]))

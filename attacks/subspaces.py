@@ -66,7 +66,8 @@ def _fft(noise: _Noise, n: int, block: _Size, image: _Size) -> Tensor:
     keep = _low_pass(block, image, white.device)
     # Of the H x W frequencies, rfft2 stores one of each conjugate pair; the low-pass of a delta counts those kept.
     share = float(torch.fft.irfft2(keep, s=image)[0, 0])
-    return torch.fft.irfft2(torch.fft.rfft2(white) * keep, s=image).div_(math.sqrt(share))
+    smooth: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) * keep, s=image)
+    return smooth.div_(math.sqrt(share))
 
 
 def _grid(noise: _Noise, n: int, block: _Size, image: _Size) -> Tensor:
@@ -113,6 +114,6 @@ def dct_matrix(size: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=32)
 def _low_pass(block: _Size, image: _Size, device: torch.device) -> Tensor:
     """1 where a frequency of rfft2 is kept, 0 elsewhere: [H, W//2 + 1]."""
-    rows = torch.fft.fftfreq(image[0], 1 / image[0]).abs() <= block[0] / 2
-    columns = torch.fft.rfftfreq(image[1], 1 / image[1]) <= block[1] / 2
+    rows: Tensor = torch.fft.fftfreq(image[0], 1 / image[0]).abs() <= block[0] / 2
+    columns: Tensor = torch.fft.rfftfreq(image[1], 1 / image[1]) <= block[1] / 2
     return (rows[:, None] & columns).to(device, torch.float32)

@@ -90,8 +90,8 @@ CIFAR10_RESNET20 = Card(
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
     accuracy=(
-        Accuracy(0, 20, "python scripts/measure_zoo.py cifar10-resnet20 foolbox:cifar10"),
-        Accuracy(0, 9000, "python scripts/measure_zoo.py cifar10-resnet20 npz:../shared/data/cifar10_test_dev.npz"),
+        Accuracy(19, 20, "python scripts/measure_zoo.py cifar10-resnet20 foolbox:cifar10"),
+        Accuracy(7643, 9000, "python scripts/measure_zoo.py cifar10-resnet20 npz:../shared/data/cifar10_test_dev.npz"),
     ),
     licence="Apache-2.0",
     source="trained on the CIFAR-10 training set (strongly JPEG-compressed) by scripts/train_cifar10.py, seed 0",

@@ -37,7 +37,7 @@ def timm_model(text: str) -> nn.Module:
     if pretrained and not timm.is_model_pretrained(name):
         raise InputError(f"timm has no weights for {name}: take another model, or timm:{name}?weights=random")
     network = _built("timm", name, lambda: timm.create_model(name, pretrained=pretrained))
-    config = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
+    config = resolve_model_data_config(network)
     card = Card(
         name=f"timm:{text}",
         task="as timm states",

@@ -109,7 +109,9 @@ _DISTANCES = {"l0": l0, "l2": l2, "linf": linf}
 
 @cache
 def load(name: str) -> type[ForeignAttack]:
-    """The attack for foolbox's class `name`, a frozen dataclass whose fields are foolbox's options.
+    """One of foolbox's decision and score attacks, by its class: `foolbox:HopSkipJumpAttack`.
+
+    It comes as a frozen dataclass whose fields are foolbox's options.
 
     Raises:
         InputError: foolbox has no such attack (with the nearest names), or one that a black box cannot serve (and why).

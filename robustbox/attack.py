@@ -149,7 +149,8 @@ def show(result: AttackResult, console: Console) -> None:
 
 def _summed_up(result: AttackResult, norm: str) -> Table:
     summary, meta = result.summary(), result.meta
-    table = _table(f"{meta['attack']['name']} on {meta['model']['name']}", "", "")
+    model = " behind ".join([meta["model"]["name"], *(defense["name"] for defense in reversed(meta["defense"]))])
+    table = _table(f"{meta['attack']['name']} on {model}", "", "")
     table.show_header = False
     shares = {
         "classified correctly": "clean_accuracy",

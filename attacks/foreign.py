@@ -128,6 +128,7 @@ def load(name: str) -> type[ForeignAttack]:
         "name": f"foolbox:{name}",
         "knowledge": "score" if name == "GenAttack" else "label",
         "norms": QUERY_ATTACKS[name],
+        "needs_epsilon": issubclass(found, FixedEpsilonAttack),
         "foreign": found,
     }
     bases = (ForeignAttack,)
@@ -174,8 +175,6 @@ class ForeignAttack(Attack):
         constraint = self.options().get("constraint")
         if constraint not in (None, task.norm):
             raise InputError(f"{self.name} with constraint={constraint} does not keep {task.norm} small: leave it out")
-        if task.epsilon is None and issubclass(self.foreign, FixedEpsilonAttack):
-            raise InputError(f"{self.name} works at a fixed radius: give epsilon")
         if task.target is None and self.knowledge == "score":
             raise InputError(f"{self.name} is targeted only: give targets")
         return self._search(task)

@@ -43,7 +43,7 @@ from robustbox.protocol import Answer, Attack, Norm, Query, Search, Task
 from .moves import bisect_arc, bisect_line, estimate_normal, find_start
 from .subspaces import Subspace, sampler
 
-NOISE_LENGTH = 0.02
+NOISE_LENGTH = 0.05
 """Length l2 of a row's noise over the current distance. Curved boundaries want it small: the noise has to see a flat piece."""
 LEVELS_OF_NOISE = 1.3
 """Least noise a pixel in grey levels: below one level, rounding hides it; far above, noise leaves the flat zone."""
@@ -57,9 +57,9 @@ class CGBA(Attack):
 
     Args:
         n0: rows of the first normal estimate; estimate i takes floor(n0 sqrt(i + 1)).
-        sigma: noise of an estimate, standard deviation of a pixel in [0, 1] units; default: in all a fiftieth of the current
+        sigma: noise of an estimate, standard deviation of a pixel in [0, 1] units; default: in all a twentieth of the current
             distance (l2), but at least 1.3 grey levels where rows are rounded.
-        tolerance: a search ends when its bracket is shorter than this share of the current distance; default: than sigma.
+        tolerance: a search ends when its bracket is shorter than this share of the current distance; default: than 2 sigma.
         subspace: where noise is drawn: full, dct, fft, grid or tiles; default: full, but dct from 64 pixels a side on.
         factor: by how much a subspace is smaller than the image along each side; default 4.
         memory: share of the earlier normal estimates that is kept in the next one; 0 as in the paper.
@@ -117,7 +117,7 @@ class CGBA(Attack):
         """Noise a pixel and search tolerance (l2) at a distance from the source."""
         least = LEVELS_OF_NOISE / (task.levels - 1) if task.levels else 0.0
         sigma = self.sigma or max(NOISE_LENGTH * radius / math.sqrt(task.image.numel()), least)
-        return sigma, min(self.tolerance * radius if self.tolerance else sigma, radius / 2)
+        return sigma, min(self.tolerance * radius if self.tolerance else 2 * sigma, radius / 2)
 
     def _approach(
         self, task: Task, point: Tensor, normal: Tensor, radius: float, tolerance: float

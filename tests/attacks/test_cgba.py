@@ -187,7 +187,15 @@ def test_cgba_h_is_better_where_the_adversarial_region_is_a_ball() -> None:
         return ((rows - centre).flatten(1).double().norm(dim=1) < 0.06).long()
 
     plain, halving = (
-        run_attack(inside, images, [0] * 8, attack=attack(), targets=1, pool=(start[None], [1]), budget=1000)
+        run_attack(
+            inside,
+            images,
+            [0] * 8,
+            attack=attack(sigma=1e-4, tolerance=1e-4),
+            targets=1,
+            pool=(start[None], [1]),
+            budget=1000,
+        )
         for attack in BOTH
     )
     for queries in (500, 1000):

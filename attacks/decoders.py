@@ -80,7 +80,8 @@ def _fft(shape: tuple[int, int, int], size: int) -> Decoder:
         spectrum = torch.zeros(len(latents), channels, height, width // 2 + 1, dtype=torch.complex(cos, sin).dtype)
         spectrum = spectrum.to(latents.device)
         spectrum[..., :size, :size] = torch.complex(cos, sin)
-        return torch.fft.irfftn(spectrum, s=shape, dim=(1, 2, 3), norm="ortho")
+        images: Tensor = torch.fft.irfftn(spectrum, s=shape, dim=(1, 2, 3), norm="ortho")
+        return images
 
     return Decoder(2 * channels * size * size, decode)
 

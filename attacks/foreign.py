@@ -116,7 +116,7 @@ def load(name: str) -> type[ForeignAttack]:
     Raises:
         InputError: foolbox has no such attack (with the nearest names), or one that a black box cannot serve (and why).
     """
-    found = getattr(foolbox.attacks, name, None)
+    found: Any = getattr(foolbox.attacks, name, None)
     if name not in QUERY_ATTACKS:
         if name in _REFUSED:
             raise InputError(f"foolbox:{name} {_REFUSED[name]}: take another attack")

@@ -10,10 +10,12 @@ colour. So a coarse look at the image tells where to look closer:
 3. For k > 1 a pixel is placed when `patience` rows brought nothing better, and the next one is searched on top of it, from
    the places that were best before. With k pixels placed, the oldest is taken away and searched again, and so on.
 
-No candidate is asked twice: losses are kept by the set of painted pixels. One pixel is a complete search: it ends when all
-H W V^C candidates of a palette of V values were asked. k pixels go on, with more patience each time that nothing improves.
+No candidate is asked twice: losses are kept by the set of painted pixels. One pixel is a complete search, which ends when
+all candidates of the palette were asked. k pixels go on, with twice the patience each time that no pixel can be improved,
+and end when every change of one of them is known. The search draws no random numbers.
 
-Query cost: at most `batch` rows a query. It ends with the query that holds the first success.
+Query cost: at most `batch` rows a query, at most H W V^C in all for one pixel and a palette of V values. It ends with the
+query that holds the first success.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from robustbox.errors import InputError
 from robustbox.protocol import Answer, Attack, Norm, Query, Search, Task
 
 from .losses import Loss, check_loss, losses
-from .pixels import check_pixels, exactly, from_the_centre, paint, pixels_of
+from .pixels import check_pixels, from_the_centre, paint, pixels_of
 
 Node = tuple[int, tuple[int, ...]]
 """A pixel: its position, and a place in the palette for each channel."""
@@ -58,7 +60,7 @@ class OnePixelFast(Attack):
     pixels: int | None = None
     grid: int = 8
     palette: int = 3
-    patience: int = 100
+    patience: int = 32
     batch: int = 16
     loss: Loss = "margin"
 
@@ -74,18 +76,26 @@ class OnePixelFast(Attack):
         board = Board(task, self.grid, self.palette)
         patience = math.inf if k == 1 else self.patience
         placed: list[Node] = []
-        seeds, best, stale = board.seeds(), math.inf, 0
+        seeds, best = board.seeds(), math.inf
+        stale = asked = 0  # placements without gain, and the rows asked before them
         while True:
             others = placed[1:] if len(placed) == k else placed
+            if len(placed) == k:
+                seeds = [placed[0], *seeds]
             ranked = yield from self._rank(task, board, others, seeds, patience)
             if not ranked or k == 1:
                 return
             loss, node = ranked[0]
             placed = [*others, node]
             seeds = [node for _, node in ranked[: self.grid**2]]
-            best, stale = min(loss, best), 0 if loss < best else stale + 1
+            if loss < best:
+                best, stale, asked = loss, 0, len(board.known)
+                continue
+            stale += 1
             if stale == k:
-                patience, stale = 2 * patience, 0
+                if len(board.known) == asked:
+                    return
+                patience, stale, asked = 2 * patience, 0, len(board.known)
 
     def _rank(
         self, task: Task, board: Board, others: list[Node], seeds: list[Node], patience: float
@@ -118,9 +128,7 @@ class OnePixelFast(Attack):
             best, idle = min(least, best), 0 if least < best else idle + len(new)
         return sorted((loss, node) for node, loss in found.items())
 
-    def _ask(
-        self, task: Task, board: Board, others: list[Node], nodes: list[Node]
-    ) -> Generator[Query, Answer, bool]:
+    def _ask(self, task: Task, board: Board, others: list[Node], nodes: list[Node]) -> Generator[Query, Answer, bool]:
         """Ask the candidates that add one of `nodes` to `others` and note their losses; whether one reached the goal."""
         answer = yield Query(board.painted([[*others, node] for node in nodes]))
         for node, loss in zip(nodes, losses(task, answer, self.loss).tolist(), strict=True):
@@ -142,10 +150,14 @@ class Board:
 
     def __init__(self, task: Task, grid: int, palette: int) -> None:
         self.known: dict[frozenset[Node], float] = {}
-        self._task, self._grid, self._palette = task, grid, palette
+        self._task, self._grid = task, grid
         _, self._height, self._width = task.image.shape
         top = (task.levels or 256) - 1
-        self._values = torch.linspace(0, 1, palette, device=task.image.device).mul(top).round().div(top)
+        self._values = torch.linspace(0, 1, palette, device=task.image.device).mul(top).round().unique().div(top)
+        self._palette = len(self._values)  # fewer where the threat model has fewer levels
+        same = task.image.flatten(1).T[..., None] == self._values
+        own = zip(same.any(dim=2).all(dim=1).tolist(), same.int().argmax(dim=2).tolist(), strict=True)
+        self._own: set[Node] = {(place, tuple(colour)) for place, (whole, colour) in enumerate(own) if whole}
         stride = max(min(self._height, self._width) // grid, 1)
         steps = [stride >> n for n in range(1, stride.bit_length())] or [1]
         around = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]
@@ -164,21 +176,27 @@ class Board:
         ]
 
     def neighbours(self, node: Node) -> Iterator[Node]:
-        """The pixel with one channel at another value; the pixels around it in the same colour, far ones first."""
+        """The pixel with one channel at another value; the pixels around it in the same colour, far ones first.
+
+        What would paint a pixel in its own colour is left out.
+        """
         place, colour = node
-        for channel, own in enumerate(colour):
-            for value in range(self._palette):
-                if value != own:
-                    yield place, (*colour[:channel], value, *colour[channel + 1 :])
+        around = [
+            (place, (*colour[:channel], value, *colour[channel + 1 :]))
+            for channel, own in enumerate(colour)
+            for value in range(self._palette)
+            if value != own
+        ]
         row, column = divmod(place, self._width)
         for down, right in self._shifts:
             y, x = row + down, column + right
             if 0 <= y < self._height and 0 <= x < self._width:
-                yield y * self._width + x, colour
+                around.append((y * self._width + x, colour))
+        return (neighbour for neighbour in around if neighbour not in self._own)
 
     def painted(self, candidates: list[list[Node]]) -> Tensor:
         """The rows of candidates of equally many pixels, [n,C,H,W]."""
         device = self._task.image.device
         places = torch.tensor([[place for place, _ in nodes] for nodes in candidates], device=device)
         colours = torch.tensor([[colour for _, colour in nodes] for nodes in candidates], device=device)
-        return paint(self._task, *exactly(self._task, places, self._values[colours]))
+        return paint(self._task, places, self._values[colours])

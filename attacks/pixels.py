@@ -138,11 +138,10 @@ def pixels_of(task: Task, pixels: int | None) -> int:
     Raises:
         InputError: more than epsilon allows or the image has.
     """
-    most = task.image[0].numel()
-    if task.epsilon is not None:
-        most = min(most, int(task.epsilon))
+    size = task.image[0].numel()
+    most = size if task.epsilon is None else min(size, int(task.epsilon))
     if most < (pixels or 1):
-        limit = "the image has" if task.epsilon is None or task.epsilon > most else "epsilon allows"
+        limit = "epsilon allows" if most < size else "the image has"
         raise InputError(f"pixels is {pixels or 1}, but {limit} {most}: ask for fewer pixels or a larger epsilon")
     return pixels or (1 if task.epsilon is None else most)
 

@@ -159,6 +159,8 @@ def _contest(
         raise InputError(
             f"attack {chosen.name} works in {' and '.join(chosen.norms)}, not in {norm}: choose another norm or attack"
         )
+    if epsilon is None and chosen.needs_epsilon:
+        raise InputError(f"attack {chosen.name} searches at a fixed radius: give epsilon")
     if targets is not None and not chosen.targeted:
         raise InputError(f"attack {chosen.name} is untargeted only: leave targets out or take another attack")
     inputs.check_count(budget, "budget")

@@ -171,13 +171,14 @@ class Attack(ABC):
     geometry needs it; a row outside the box is an error.
 
     Class attributes state what it needs: `knowledge` the least it must see (`label` or `score`), `norms` the distances that
-    it can keep small, `targeted` whether it can aim at a class.
+    it can keep small, `targeted` whether it can aim at a class, `needs_epsilon` whether it works at a given radius only.
     """
 
     name: ClassVar[str]
     knowledge: ClassVar[Literal["label", "score"]] = "label"
     norms: ClassVar[tuple[Norm, ...]] = ("l2",)
     targeted: ClassVar[bool] = True
+    needs_epsilon: ClassVar[bool] = False
 
     def options(self) -> dict[str, object]:
         """The hyper-parameters, for the record."""

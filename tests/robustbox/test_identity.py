@@ -20,7 +20,9 @@ def test_an_image_is_known_by_its_shape_and_values_not_by_its_layout() -> None:
 
 def test_seeds_depend_on_every_part_and_are_the_same_everywhere() -> None:
     assert derive_seed(0, "a", "b") == 8552555634793587672
-    seeds = {derive_seed(*parts) for parts in [(0, "a", "b"), (1, "a", "b"), (0, "b", "a"), (0, "ab"), (0, "a", "b", 0)]}
+    seeds = {
+        derive_seed(*parts) for parts in [(0, "a", "b"), (1, "a", "b"), (0, "b", "a"), (0, "ab"), (0, "a", "b", 0)]
+    }
     assert len(seeds) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)
 

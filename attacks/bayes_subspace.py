@@ -1,0 +1,284 @@
+"""Bayesian optimisation in a subspace (Shukla, Sahu, Willmott, Kolter: Simple and Efficient Hard Label Black-box Adversarial
+Attacks in Low Query Budget Regimes, KDD 2021; code: github.com/satyanshukla/bayes_attack).
+
+The attack looks for a direction z of a subspace with few dimensions (`decoders.py`) such that the image moved by epsilon
+along the decoded direction T(z) reaches the goal,
+
+    l2    clip(x + epsilon T(z) / |T(z)|)
+    linf  clip(x + epsilon sign T(z)),   or, without `signs`, clip(x + epsilon clip(T(z) / rms T(z), -1, 1)) at full size
+
+A Gaussian process over directions predicts an objective f(z); the next query is where an acquisition function of the
+prediction is highest: expected improvement (`ei`), probability of improvement (`poi`), the mean (`pm`) or an upper
+confidence bound (`ucb`). Objectives:
+
+label     The paper's: f = -1 where the label is not the wanted one, 0 where it is. **It never informs the process.** Until
+          the first success every observation is -1, and at the first success the attack is over: the prediction is -1
+          everywhere, `ei` and `ucb` go where the variance is highest, `poi` and `pm` are constant. Whatever the model answers,
+          the queries are the same: a space-filling design in the subspace, no better than the controls `random` and `sobol`.
+margin    f = log p(best wanted class) - log p(best other class), from the scores. The default where scores are granted.
+distance  f = epsilon / r(z), where r is the radius at which the ray along T(z) enters the goal; f >= 1 is a success. From
+          labels: a query at radius epsilon / t tells whether f(z) > t. Asked at the prediction itself (t = mean, at most 1),
+          each query is worth a bit, and radii beyond epsilon are for learning only. Where the boundary is flat, f is linear
+          in z. The default where labels only are granted.
+
+Deviations from the paper beside the informative objectives:
+
+- Points of the process are directions of length 1 and the kernel is isotropic, where the paper fits a lengthscale for each of
+  up to 864 latent dimensions in [-2, 2], between whose points all correlation vanishes. The fit: `gaussian_process.py`.
+- linf perturbations are corners of the ball (the authors' option `discrete`), and the default decoders are `nni` in linf,
+  as in the paper, and `dct` in l2; `fft` is the code's.
+- Acquisition functions are maximised over random directions and perturbations of the best one, then by gradient steps, where
+  the paper runs L-BFGS-B from the best of 200 random points.
+- Every row that succeeds ends the attack, in the initial design too, and nothing is asked twice.
+
+Query cost: `initial` rows, then 1 row a step; `distance` spends the first 15 steps on random directions to learn the scale of
+f. The controls ask `initial` rows at a time. A step with n observations in d dimensions takes O(n^2 + n d) of our own time;
+n is at most 500, beyond which the oldest observations are forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from robustbox.distances import distance
+from robustbox.errors import InputError, unknown_name
+from robustbox.protocol import ANSWERED, Answer, Attack, Norm, Query, Search, Task
+
+from .decoders import DecoderName, decoder
+from .random import Rays
+
+if TYPE_CHECKING:
+    from .gaussian_process import Process
+
+Objective = Literal["label", "margin", "distance"]
+Acquisition = Literal["ei", "poi", "pm", "ucb", "random", "sobol"]
+
+DIMENSIONS = 100
+"""Of the default subspace, before rounding to whole cells."""
+WINDOW, FORGOTTEN = 500, 100
+"""Observations that a process holds at most, and the oldest that it forgets when it is full."""
+GROWTH = 1.5
+"""Hyper-parameters are fitted whenever there are this many times more observations than at the last fit."""
+STAIRS, UP, DOWN = 15, 2.0, 1.26
+"""Steps of the staircase of `distance`; a success doubles the threshold, a failure takes a fifth: a quarter succeed."""
+UPPER_QUARTILE = 0.67
+"""Of the standard normal distribution: where the staircase ends, in standard deviations of f."""
+LENGTHSCALE, NOISE = 2.0, 0.04
+"""Of `distance`: nearly linear, and the noise's variance in units of that of f at random directions."""
+GLOBAL, LOCAL, SPREADS = 64, 32, (0.1, 0.3, 1.0)
+"""Where an acquisition function is tried first: random directions, and so many at each spread around the best."""
+
+
+@dataclass(frozen=True)
+class BayesSubspace(Attack):
+    """Bayesian optimisation of a direction in a subspace, at a fixed radius. Needs epsilon; labels suffice, scores help.
+
+    Args:
+        decoder: the subspace: dct, nni or fft; default: nni in linf, dct in l2.
+        size: frequencies or cells of the subspace along each side of the image; default: 10 for one channel, 6 for three, so
+            that there are about a hundred dimensions.
+        objective: label (the paper's, blind), margin (needs scores) or distance (labels, learns from radii beyond epsilon);
+            default: margin where scores are granted, else distance.
+        acquisition: ei, poi, pm or ucb; random and sobol are controls that search the same subspace without a process.
+        initial: rows of the initial design; rows a query of the controls.
+        signs: in linf, move every value by epsilon up or down, as the paper's `discrete`; else by up to epsilon.
+        beta: weight of the variance in ucb.
+    """
+
+    name: ClassVar[str] = "bayes-subspace"
+    norms: ClassVar[tuple[Norm, ...]] = ("l2", "linf")
+    needs_epsilon: ClassVar[bool] = True
+
+    decoder: DecoderName | None = None
+    size: int | None = None
+    objective: Objective | None = None
+    acquisition: Acquisition = "ei"
+    initial: int = 10
+    signs: bool = True
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        for option, value, known in (
+            ("decoder", self.decoder, get_args(DecoderName)),
+            ("objective", self.objective, get_args(Objective)),
+            ("acquisition", self.acquisition, get_args(Acquisition)),
+        ):
+            if value is not None and value not in known:
+                raise unknown_name(option, value, known)
+        if self.size is not None and self.size < 1:
+            raise InputError(f"size must be at least 1, got {self.size}")
+        if self.initial < 1:
+            raise InputError(f"initial must be at least 1, got {self.initial}")
+        if not self.beta >= 0:
+            raise InputError(f"beta must not be negative, got {self.beta}")
+
+    @property
+    def knowledge(self) -> Literal["label", "score"]:  # type: ignore[override]
+        """`score` for the objective margin, else `label`."""
+        return "score" if self.objective == "margin" and self.acquisition not in ("random", "sobol") else "label"
+
+    def search(self, task: Task) -> Search:
+        assert task.epsilon is not None  # needs_epsilon
+        space = Space(task, self)
+        while True:
+            points = space.design(self.initial)
+            answer = yield Query(space.rows(points, task.epsilon), "init")
+            if task.reached_any(answer):
+                return
+            if self.acquisition not in ("random", "sobol"):
+                break
+        objective = self.objective or ("distance" if answer.scores is None else "margin")
+        if objective == "distance":
+            yield from self._by_side(task, task.epsilon, space)
+        else:
+            yield from self._by_value(task, task.epsilon, space, objective == "margin", points, answer)
+
+    def _by_value(
+        self, task: Task, epsilon: float, space: Space, scored: bool, points: Tensor, answer: Answer
+    ) -> Search:
+        """Search at radius epsilon by values of f: the margin of scores, or the paper's -1."""
+        from .gaussian_process import Process
+
+        process, fitted = Process(space.dim, mean=-1.0), 1
+        while True:
+            values = margins(task, answer).tolist() if scored else [-1.0] * len(points)
+            for point, value, status in zip(points, values, answer.status.tolist(), strict=True):
+                if status == ANSWERED:
+                    process.tell(point, value)
+            if len(process) >= GROWTH * fitted:
+                process.fit()
+                fitted = len(process)
+            points = self._candidate(process, space, process.values)
+            answer = yield Query(space.rows(points, epsilon), "step")
+            if task.reached_any(answer):
+                return
+
+    def _by_side(self, task: Task, epsilon: float, space: Space) -> Search:
+        """Search by whether f is above thresholds: one bit a query, at any radius epsilon / threshold within the box."""
+        from .gaussian_process import Process
+
+        least = epsilon / float(distance(torch.ones_like(task.image)[None], task.norm))  # beyond, all is clipped
+        threshold, bits = max(0.5, least), []
+        for _ in range(STAIRS):
+            points = space.design(1)
+            answer = yield Query(space.rows(points, epsilon / threshold), "probe")
+            above = task.reached_any(answer)
+            if above and threshold >= 1:
+                return
+            if not answer.status.any():
+                bits.append((points[0], threshold, above))
+            threshold = min(threshold * UP, 1.0) if above else max(threshold / DOWN, least)
+
+        # The prior in which f of random directions, whose kernel is about 1 / lengthscale^2 per unit of variance once its
+        # constant part is taken off, has its upper quartile where the staircase ended.
+        variance = (threshold / UPPER_QUARTILE) ** 2
+        process = Process(space.dim, LENGTHSCALE, LENGTHSCALE**2 * variance, NOISE * variance)
+        for point, told, above in bits:
+            process.tell_side(point, told, above)
+        while True:
+            with torch.no_grad():
+                points = self._candidate(process, space, process.moments(process.points)[0])
+                threshold = min(max(float(process.moments(points)[0]), least), 1.0)
+            answer = yield Query(space.rows(points, epsilon / threshold), "step")
+            above = task.reached_any(answer)
+            if above and threshold >= 1:
+                return
+            if not answer.status.any():
+                process.tell_side(points[0], threshold, above)
+
+    def _candidate(self, process: Process, space: Space, values: Tensor) -> Tensor:
+        """The next direction [1,d], given what is believed of the values [n] at the process's points."""
+        from .gaussian_process import acquisition, maximise
+
+        if not len(process):
+            return space.design(1)
+        if len(process) >= WINDOW:
+            process.forget(FORGOTTEN)
+            values = values[FORGOTTEN:]
+        best = int(values.argmax())
+        function = acquisition(self.acquisition, process, float(values[best]), self.beta)
+        with torch.enable_grad():
+            return maximise(function, space.starts(process.points[best]), space.admit)[None]
+
+
+class Space:
+    """The directions that may be asked, and the rows that belong to them. Directions are float64 [n,dim] on the host.
+
+    Args:
+        task: the image, its norm and its random stream.
+        attack: decoder, size, signs, and whether designs are those of a Sobol sequence.
+    """
+
+    def __init__(self, task: Task, attack: BayesSubspace) -> None:
+        channels, height, width = task.image.shape
+        name: DecoderName = attack.decoder or ("nni" if task.norm == "linf" else "dct")
+        self._task, self._signs = task, attack.signs
+        size = attack.size or max(round(math.sqrt(DIMENSIONS / channels)), 1)
+        self._decode = decoder(name, (channels, height, width), size)
+        self.dim = self._decode.dim
+        # Cells that are moved up or down whatever their size: only corners of the cube differ from each other.
+        self._corners = task.norm == "linf" and attack.signs and name == "nni"
+        self._sobol: torch.quasirandom.SobolEngine | None = None
+        if attack.acquisition == "sobol":
+            device = task.generator.device
+            seed = int(torch.randint(2**31, (1,), generator=task.generator, device=device))
+            self._sobol = torch.quasirandom.SobolEngine(self.dim, scramble=True, seed=seed)
+
+    def admit(self, vectors: Tensor) -> Tensor:
+        """The admissible directions, of length 1, that belong to any vectors [...,dim]."""
+        return F.normalize(_sign(vectors) if self._corners else vectors, dim=-1)
+
+    def design(self, n: int) -> Tensor:
+        """The next n directions of the blind design: uniform in the cube, or a Sobol sequence there."""
+        cube = self._sobol.draw(n, dtype=torch.float64) if self._sobol else self._draw(torch.rand, n)
+        return self.admit(2 * cube - 1)
+
+    def starts(self, best: Tensor) -> Tensor:
+        """Directions from which to climb: anywhere, around the best one [dim], and the best one itself."""
+        normals = F.normalize(self._draw(torch.randn, GLOBAL + LOCAL * len(SPREADS)), dim=1)
+        spreads = normals.new_tensor(SPREADS).repeat_interleave(LOCAL)[:, None]
+        return self.admit(torch.cat([normals[:GLOBAL], best + spreads * normals[GLOBAL:], best[None]]))
+
+    def rows(self, points: Tensor, radius: float) -> Tensor:
+        """The image moved along directions by a radius, clipped to the box: float32 [n,C,H,W] on the image's device."""
+        task = self._task
+        deltas = self._decode(points.to(torch.float32).to(task.image.device))
+        if task.norm == "linf":
+            rms = deltas.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
+            deltas = _sign(deltas) if self._signs else (deltas / rms).clamp_(-1, 1)
+        lengths = distance(deltas, task.norm)
+        return Rays(task.image, task.levels, deltas, None, lengths, torch.full_like(lengths, math.inf)).at(radius)
+
+    def _draw(self, distribution: Callable[..., Tensor], n: int) -> Tensor:
+        generator = self._task.generator
+        drawn = distribution(n, self.dim, generator=generator, device=generator.device)
+        return drawn.cpu().double()
+
+
+def margins(task: Task, answer: Answer) -> Tensor:
+    """How far each row is from the goal, float64 [n] on the host; positive where it is reached.
+
+    The logarithm of probabilities (or logits) of the best wanted class less that of the best other one. Probabilities that
+    underflow or are hidden count as the least positive float32, so that margins are finite.
+    """
+    assert answer.scores is not None
+    scores = answer.scores.cpu().double()
+    if bool((scores >= 0).all() and (scores.sum(dim=1) < 1 + 1e-3).all()):
+        scores = scores.clamp_min(torch.finfo(torch.float32).tiny).log()
+    centre = task.label if task.target is None else task.target
+    others = scores.clone()
+    others[:, centre] = -math.inf
+    away = others.amax(dim=1) - scores[:, centre]
+    return away if task.target is None else -away
+
+
+def _sign(values: Tensor) -> Tensor:
+    """+1 or -1, never 0."""
+    return torch.where(values < 0, -1.0, 1.0).to(values.dtype)

@@ -1,0 +1,368 @@
+"""Bayesian search: exact radii, exact counts, and as much use of the answers as the objective allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from robustbox import run_attack
+from robustbox.attacks.bayes_subspace import Acquisition, BayesSubspace, Objective, Space, margins
+from robustbox.attacks.decoders import DecoderName, decoder
+from robustbox.errors import InputError
+from robustbox.protocol import REJECTED, Answer, Norm
+
+from ..toys import Gate
+from .analytic import check_box, drive, task
+
+SHAPE = (1, 8, 8)
+
+
+def grey(n: int = 1, shape: tuple[int, int, int] = SHAPE) -> Tensor:
+    noise = torch.rand(n, *shape, generator=torch.Generator().manual_seed(3)) - 0.5
+    return 0.5 + 0.02 * noise
+
+
+@dataclass(eq=False)
+class Planted:
+    """Probabilities that rise along one latent basis vector; class 1 wins from `share` of epsilon on along it in l2.
+
+    Counts its rows and keeps them; `shape` and `size` are those of the dct subspace.
+    """
+
+    image: Tensor
+    epsilon: float
+    share: float = 0.9
+    size: int = 3
+    steepness: float = 4.0
+    seen: list[Tensor] = field(default_factory=list)
+    direction: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        decode = decoder("dct", tuple(self.image.shape), self.size)  # type: ignore[arg-type]
+        basis = torch.zeros(1, decode.dim)
+        basis[0, 4] = 1
+        self.direction = decode(basis)[0]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        check_box(rows)
+        self.seen.append(rows.clone())
+        along = torch.stack([((row - self.image).double() * self.direction).sum() for row in rows]) / self.epsilon
+        rise = self.steepness * (along - self.share)
+        return torch.stack([-rise / 2, rise / 2], dim=1).softmax(dim=1).float()
+
+    def answers(self, rows: Tensor) -> Answer:
+        """As the oracle hands them to an attack that was granted scores."""
+        scores = self(rows)
+        return Answer.of(scores.argmax(1), scores)
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat(self.seen)
+
+
+def never(rows: Tensor) -> Answer:
+    return Answer.of(torch.zeros(len(rows), dtype=torch.long))
+
+
+def asked(attack: BayesSubspace, answers: Any, norm: Norm = "l2", budget: int = 40, **fields: Any) -> Tensor:
+    """The rows that a search asks of a model that never yields, [n,C,H,W]."""
+    settings: dict[str, Any] = {"epsilon": 0.5 if norm == "l2" else 0.05} | fields
+    of = task(grey()[0], norm, budget=budget, **settings)
+    queries = drive(attack.search(of), of, answers)[1]
+    return torch.cat([query.rows for query in queries])
+
+
+# 1. Radii.
+
+
+@pytest.mark.parametrize("name", ["dct", "nni", "fft"])
+@pytest.mark.parametrize("objective", ["label", "margin"])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_queries_lie_on_the_sphere_and_in_the_box(name: DecoderName, objective: Objective, norm: Norm) -> None:
+    epsilon = 0.5 if norm == "l2" else 0.05
+
+    def answers(rows: Tensor) -> Answer:
+        share = rows.flatten(1).mean(1, keepdim=True).float() * 0.8
+        return Answer.of(torch.zeros(len(rows), dtype=torch.long), torch.cat([1 - share, share], dim=1))
+
+    rows = asked(BayesSubspace(decoder=name, size=3, objective=objective), answers, norm, budget=14)
+    assert len(rows) == 14
+    deltas = (rows - grey()).double().flatten(1)  # far from the box's faces: nothing is clipped
+    if norm == "l2":
+        torch.testing.assert_close(deltas.norm(dim=1), torch.full((14,), epsilon).double(), atol=1e-5, rtol=0)
+    else:
+        torch.testing.assert_close(deltas.abs(), torch.full_like(deltas, epsilon), atol=1e-6, rtol=0)
+
+
+def test_without_signs_linf_rows_use_sizes_between_too() -> None:
+    sizes = (asked(BayesSubspace(decoder="dct", size=3, signs=False), never, "linf", 10) - grey()).abs()
+    torch.testing.assert_close(sizes.flatten(1).amax(1), torch.full((10,), 0.05), atol=1e-6, rtol=0)
+    assert 0.2 < float((sizes < 0.049).float().mean()) < 0.9
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("levels", [None, 256])
+def test_successes_lie_in_the_ball_and_the_box(norm: Norm, levels: int | None) -> None:
+    epsilon = 1.0 if norm == "l2" else 0.047
+    images = (grey(3) * 2 - 0.97).clamp(0, 1)  # almost black: the box cuts
+
+    def model(rows: Tensor) -> Tensor:
+        return (rows.flatten(1).mean(1) > images.mean() + 0.012).long()
+
+    attack = BayesSubspace(size=3, objective="distance")
+    result = run_attack(model, images, [0] * 3, attack, norm=norm, epsilon=epsilon, budget=150, levels=levels)
+    assert result.success.all()
+    clean = (images * 255).round() / 255 if levels else images
+    far = (result.adversarials - clean).double().flatten(1)
+    size = far.norm(dim=1) if norm == "l2" else far.abs().amax(1)
+    assert (size <= epsilon * (1 + 1e-6)).all()
+    check_box(result.adversarials)
+
+
+# 3. What the answers change.
+
+
+@pytest.mark.parametrize("acquisition", ["ei", "poi", "pm", "ucb"])
+def test_the_papers_objective_asks_the_same_whatever_the_model(acquisition: Acquisition) -> None:
+    attack = BayesSubspace(size=3, objective="label", acquisition=acquisition)
+
+    def other(rows: Tensor) -> Answer:
+        scores = rows.flatten(1).softmax(1)[:, :2]
+        return Answer.of(torch.zeros(len(rows), dtype=torch.long), scores / scores.sum(1, keepdim=True))
+
+    torch.testing.assert_close(asked(attack, never), asked(attack, other), atol=0, rtol=0)
+
+
+def test_the_papers_objective_spreads_its_points() -> None:
+    """Where nothing is learnt, expected improvement is a space-filling design: further apart than blind points."""
+
+    def nearest(acquisition: Acquisition) -> float:
+        rows = asked(BayesSubspace(size=2, objective="label", acquisition=acquisition), never, budget=40).flatten(1)
+        distances = torch.cdist(rows, rows) + 9 * torch.eye(len(rows))
+        return float(distances.amin(1).mean())
+
+    assert nearest("ei") > 1.2 * nearest("random")
+
+
+@pytest.mark.parametrize("objective", ["margin", "distance"])
+def test_the_other_objectives_listen(objective: Objective) -> None:
+    attack = BayesSubspace(size=3, objective=objective)
+    image = grey()[0]
+
+    def leaning(sign: float) -> Any:
+        def answers(rows: Tensor) -> Answer:
+            rise = sign * (rows - image).flatten(1).sum(1)
+            scores = torch.stack([torch.full_like(rise, 2.0), rise], dim=1).softmax(1)
+            return Answer.of((rise > 5).long(), scores)
+
+        return answers
+
+    up, down = (asked(attack, leaning(sign), budget=40) for sign in (1.0, -1.0))
+    n = min(len(up), len(down), 12)
+    torch.testing.assert_close(up[:10], down[:10], atol=0, rtol=0)  # the initial design is blind
+    more = min(len(up), len(down))
+    assert more > n
+    assert not torch.equal(up[:more], down[:more])
+
+
+def test_scores_are_used_where_granted_and_labels_suffice() -> None:
+    assert BayesSubspace().knowledge == "label"
+    assert BayesSubspace(objective="margin").knowledge == "score"
+    assert BayesSubspace(objective="margin", acquisition="sobol").knowledge == "label"
+    image = grey()[0]
+    informed = asked(BayesSubspace(size=3), Planted(image, 0.5, share=2).answers, budget=30)
+    chosen = asked(BayesSubspace(size=3, objective="margin"), Planted(image, 0.5, share=2).answers, budget=30)
+    torch.testing.assert_close(informed, chosen, atol=0, rtol=0)
+    radii = (asked(BayesSubspace(size=3), never, budget=30) - image).flatten(1).norm(dim=1)
+    torch.testing.assert_close(radii[:10], torch.full((10,), 0.5), atol=1e-5, rtol=0)
+    assert radii[10:].min() > 0.6  # distance: learns beyond epsilon
+
+
+# 6. Planted directions.
+
+
+@pytest.mark.parametrize("objective", ["margin", "distance"])
+def test_a_planted_direction_is_found_in_fewer_queries_than_at_random(objective: Objective) -> None:
+    image, budget = grey(shape=(1, 12, 12))[0], 150
+    firsts: dict[Acquisition, list[float]] = {"ei": [], "random": [], "sobol": []}
+    for acquisition, found in firsts.items():
+        for seed in range(7):
+            model = Planted(image, 0.5, share=0.9)
+            attack = BayesSubspace(size=3, objective=objective, acquisition=acquisition)
+            result = run_attack(model, image[None], [0], attack, epsilon=0.5, budget=budget, seed=seed)
+            found.append(float(result.first_success[0]) or np.inf)
+            radius = (model.rows - image).double().flatten(1).norm(dim=1)
+            wins = (radius <= 0.5 * (1 + 1e-6)) & (((model.rows - image) * model.direction).flatten(1).sum(1) > 0.45)
+            assert bool(wins.any()) == bool(result.success[0])
+    assert np.median(firsts["ei"]) < 100
+    assert np.median(firsts["ei"]) < np.median(firsts["random"])
+    assert np.median(firsts["ei"]) < np.median(firsts["sobol"])
+
+
+def test_a_targeted_search_reaches_its_target() -> None:
+    image = grey(shape=(1, 12, 12))[0]
+    planted = Planted(image, 0.5, share=0.7)
+
+    def model(rows: Tensor) -> Tensor:
+        """Class 2 along the planted direction; class 1 is nearer, opposite to it."""
+        rise = planted(rows)[:, 1:].log()
+        back = -((rows - image) * planted.direction).flatten(1).sum(1, keepdim=True) * 8 - 1
+        return torch.cat([torch.full_like(rise, -0.7), back, rise], dim=1).softmax(1)
+
+    for knowledge in ("label", "score"):
+        attack = BayesSubspace(size=3)
+        result = run_attack(
+            model, image[None], [0], attack, epsilon=0.5, budget=250, targets=2, knowledge=knowledge, seed=1
+        )
+        assert result.success.all()
+        assert model(result.adversarials).argmax(1).tolist() == [2]
+
+
+# 7. Counts, refusals, determinism.
+
+
+@pytest.mark.parametrize("acquisition", ["ei", "random", "sobol"])
+@pytest.mark.parametrize("objective", [None, "label", "margin"])
+def test_rows_are_counted_exactly_and_a_failure_is_a_failure(
+    acquisition: Acquisition, objective: Objective | None
+) -> None:
+    image = grey()[0]
+    model = Planted(image, 0.5, share=3.0)
+    attack = BayesSubspace(size=2, objective=objective, acquisition=acquisition)
+    result = run_attack(model, image[None], [0], attack, epsilon=0.5, budget=37)
+    assert len(model.rows) == 1 + 37
+    assert result.queries.tolist() == [37]
+    assert result.first_success.tolist() == [0]
+    assert not result.success.any()
+    assert result.adversarials.isnan().all()
+    assert result.errors == [None]
+
+
+@pytest.mark.parametrize("acquisition", ["ei", "random"])
+def test_a_success_in_the_initial_design_ends_the_search_there(acquisition: Acquisition) -> None:
+    image, rows = grey()[0], 0
+
+    def seventh(batch: Tensor) -> Tensor:
+        """Row 0 is the clean check; row 7 and what follows is adversarial."""
+        nonlocal rows
+        labels = (torch.arange(rows, rows + len(batch)) >= 7).long()
+        rows += len(batch)
+        return labels
+
+    attack = BayesSubspace(size=2, acquisition=acquisition)
+    result = run_attack(seventh, image[None], [0], attack, norm="linf", epsilon=0.1, budget=100)
+    assert result.first_success.tolist() == [7]
+    assert result.queries.tolist() == [10]
+    assert result.stop_reasons == ["success"]
+
+
+def test_a_success_beyond_the_ball_does_not_end_the_search() -> None:
+    image = grey()[0]
+    model = Planted(image, 0.5, share=1.3)
+    result = run_attack(model, image[None], [0], BayesSubspace(size=3), epsilon=0.5, budget=60)
+    assert result.queries.tolist() == [60]
+    assert not result.success.any()
+    far = (model.rows - image).flatten(1).norm(dim=1)
+    assert (model(model.rows).argmax(1)[far > 0.5]).any()  # it saw the other side, from beyond
+
+
+@pytest.mark.parametrize("objective", ["label", "margin", "distance"])
+def test_unanswered_rows_teach_nothing_and_break_nothing(objective: Objective) -> None:
+    def refused(rows: Tensor) -> Answer:
+        labels = torch.full((len(rows),), -1)
+        return Answer(labels, torch.full((len(rows), 2), torch.nan), torch.full((len(rows),), REJECTED).byte())
+
+    assert len(asked(BayesSubspace(size=2, objective=objective), refused, budget=35)) == 35
+    result = run_attack(Gate(3), grey(2) - 0.2, [0, 0], BayesSubspace(size=2), epsilon=0.5, budget=40)
+    assert result.errors == [None, None]
+    assert result.queries.tolist() == [40, 40]
+
+
+@pytest.mark.parametrize("objective", ["margin", "distance"])
+def test_an_image_s_result_does_not_depend_on_its_company(objective: Objective) -> None:
+    images = grey(3)
+
+    def model(rows: Tensor) -> Tensor:
+        rise = torch.stack([row.double().flatten()[::3].sum() for row in rows]) - 11.2
+        return torch.stack([-rise, rise], dim=1).float().softmax(1)
+
+    def run(which: list[int]) -> Any:
+        state = torch.get_rng_state()
+        attack = BayesSubspace(size=3, objective=objective)
+        result = run_attack(model, images[which], [0] * len(which), attack, epsilon=0.3, budget=45)
+        assert torch.equal(torch.get_rng_state(), state)  # no draw from the global stream
+        return result
+
+    together, alone = run([0, 1, 2]), run([1])
+    assert together.traces[1] == alone.traces[0]
+    assert together.queries[1] == alone.queries[0]
+    torch.testing.assert_close(together.adversarials[1:2], alone.adversarials, atol=0, rtol=0, equal_nan=True)
+    torch.testing.assert_close(
+        run([2, 1, 0]).adversarials.flip(0), together.adversarials, atol=0, rtol=0, equal_nan=True
+    )
+
+
+def test_sobol_and_random_designs_come_from_the_image_s_own_stream() -> None:
+    image = grey()[0]
+    for acquisition in ("random", "sobol"):
+        attack = BayesSubspace(size=2, acquisition=acquisition)  # type: ignore[arg-type]
+        first, again, other = (Space(task(image, seed=seed, epsilon=0.5), attack).design(8) for seed in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        torch.testing.assert_close(first.norm(dim=1), torch.ones(8).double())
+
+
+# Margins and bad input.
+
+
+@pytest.mark.parametrize(("target", "expected"), [(None, [np.log(0.3 / 0.5), np.log(0.6 / 0.1)]), (2, None)])
+def test_margins_are_log_odds_that_turn_positive_at_the_goal(target: int | None, expected: list[float] | None) -> None:
+    scores = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]])
+    of = task(grey()[0], target=target, epsilon=1.0)
+    found = margins(of, Answer.of(scores.argmax(1), scores))
+    assert found.tolist() == pytest.approx(expected or [np.log(0.2 / 0.5), np.log(0.3 / 0.6)], rel=1e-5)
+    from_logits = margins(of, Answer.of(scores.argmax(1), scores.log()))
+    torch.testing.assert_close(found, from_logits, atol=1e-5, rtol=0)
+    sure = torch.tensor([[1.0, 0.0, 0.0]])
+    assert margins(of, Answer.of(sure.argmax(1), sure)).isfinite().all()
+
+
+def test_epsilon_is_asked_for_before_a_query() -> None:
+    model = Planted(grey()[0], 0.5)
+    with pytest.raises(InputError, match="bayes-subspace searches at a fixed radius: give epsilon"):
+        run_attack(model, grey(), [0], "bayes-subspace", norm="l2")
+    assert not model.seen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder": "dtc"}, "unknown decoder 'dtc': did you mean dct"),
+        ({"objective": "margins"}, "unknown objective 'margins': did you mean margin"),
+        ({"acquisition": "eii"}, "unknown acquisition 'eii': did you mean ei"),
+        ({"size": 0}, "size must be at least 1"),
+        ({"initial": 0}, "initial must be at least 1"),
+        ({"beta": -1.0}, "beta must not be negative"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BayesSubspace(**options)
+
+
+def test_margin_needs_scores() -> None:
+    with pytest.raises(InputError, match="needs scores"):
+        run_attack(
+            Planted(grey()[0], 0.5),
+            grey(),
+            [0],
+            "bayes-subspace",
+            epsilon=0.5,
+            knowledge="label",
+            attack_options={"objective": "margin"},
+        )

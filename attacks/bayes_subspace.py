@@ -86,8 +86,8 @@ class BayesSubspace(Attack):
             that there are about a hundred dimensions.
         objective: label (the paper's, blind), margin (needs scores) or distance (labels, learns from radii beyond epsilon);
             default: margin where scores are granted, else distance.
-        acquisition: ei, ucb, poi or pm (the last two only exploit, and stall); random and sobol are controls that search the same
-            subspace without a process.
+        acquisition: ei, ucb, poi or pm (the last two only exploit, and stall); random and sobol are controls that search
+            the same subspace without a process.
         initial: rows of the initial design; rows a query of the controls.
         signs: in linf, move every value by epsilon up or down, as the paper's `discrete`; else by up to epsilon.
         beta: weight of the variance in ucb.

@@ -68,7 +68,7 @@ from foolbox.types import Bounds
 from torch import Tensor
 
 from robustbox.errors import InputError, unknown_name
-from robustbox.protocol import ANSWERED, NORMS, Answer, Attack, Norm, Query, Search, Task
+from robustbox.protocol import ANSWERED, NORMS, Answer, Attack, Norm, Search, Task
 
 from .guest import Ask, Guest, Randomness
 from .moves import find_start
@@ -186,14 +186,7 @@ class ForeignAttack(Attack):
             if start is None:
                 return
         draws_numpy = self.foreign.__name__ in NUMPY_ATTACKS or self.options().get("init_attack") is not None
-        guest = Guest(lambda ask: self._call(task, ask, start), Randomness(task.generator, draws_numpy))
-        try:
-            rows = guest.resume()
-            while rows is not None:
-                answer = yield Query(rows)
-                rows = guest.resume(answer)
-        finally:
-            guest.dismiss()
+        yield from Guest(lambda ask: self._call(task, ask, start), Randomness(task.generator, draws_numpy)).search()
 
     def _wants_start(self, task: Task) -> bool:
         """Whether foolbox takes a starting point and would not find one itself."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustbox.protocol import Answer
+from robustbox.protocol import Answer, Query, Search
 
 Ask = Callable[[Tensor], Answer]
 
@@ -98,6 +98,16 @@ class Guest:
         if isinstance(request, Exception):
             raise request
         return request
+
+    def search(self) -> Search:
+        """The whole visit as a search: what the guest asks for becomes queries, and it is gone when the search is."""
+        try:
+            rows = self.resume()
+            while rows is not None:
+                answer = yield Query(rows)
+                rows = self.resume(answer)
+        finally:
+            self.dismiss()
 
     def dismiss(self) -> None:
         """End the guest inside its present or next `ask`, and its thread with it; a guest that has ended stays so."""

@@ -34,7 +34,7 @@ from bench_cgba import load
 
 from robustbox import AttackResult, registry, run_attack
 from robustbox.attacks.guest import Ask, Guest, Randomness
-from robustbox.protocol import NORMS, Attack, Norm, Query, Search, Task
+from robustbox.protocol import NORMS, Attack, Norm, Search, Task
 from robustbox.statistics import median, wilson
 
 PEERS = Path(__file__).resolve().parents[1] / "build/peers"
@@ -106,14 +106,7 @@ class Peer(Attack):
     norms: ClassVar[tuple[Norm, ...]] = NORMS
 
     def search(self, task: Task) -> Search:
-        guest = Guest(lambda ask: void(self.call(ask, task)), Randomness(task.generator, with_numpy=True))
-        try:
-            rows = guest.resume()
-            while rows is not None:
-                answer = yield Query(rows)
-                rows = guest.resume(answer)
-        finally:
-            guest.dismiss()
+        return Guest(lambda ask: void(self.call(ask, task)), Randomness(task.generator, with_numpy=True)).search()
 
 
 def void(_: object) -> None:

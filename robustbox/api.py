@@ -187,7 +187,9 @@ def _contest(
         max_rows=max_rows,
         seed=seed,
     )
-    return Contest(oracle, chosen, defenses, clean, truth, aims or [None] * len(truth), owned, rules)
+    contest = Contest(oracle, chosen, defenses, clean, truth, aims or [None] * len(truth), owned, rules)
+    contest.check_task()
+    return contest
 
 
 def load_model(name: str) -> Any:

@@ -109,6 +109,14 @@ class Contest:
             "max_rows": self.rules.max_rows,
         }
 
+    def check_task(self) -> None:
+        """Ask the attack whether it can work on these images at all; no query is spent.
+
+        Raises:
+            InputError: it cannot.
+        """
+        self.attack.check(self._task(0))
+
     def check_clean(self) -> None:
         """Find the images that are classified correctly; the others are not attacked.
 
@@ -161,6 +169,7 @@ class Contest:
             remaining=self.rules.budget,
             levels=self.oracle.levels,
             pool=self.pool,
+            stochastic=self.oracle.box.stochastic,
         )
 
     def verify(self) -> None:

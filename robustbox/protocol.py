@@ -14,7 +14,7 @@ the black box.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -104,12 +104,49 @@ class Defense(ABC):
         """The defended black box. Its randomness comes from `seed` and the rows' accounts alone."""
 
 
+@dataclass(slots=True, eq=False)
+class Knob:
+    """A scale of an attack's proposals that a wrapper may set while the attack runs, as OARS does against stateful gates.
+
+    Args:
+        name: what it scales; as in the attack's `knobs`.
+        low, high: the range in which it makes sense. Larger means less similar to earlier rows, and refused less often.
+        draw: `draw(value, n)` gives n rows [n,C,H,W] proposed at a scale: from the attack's own distribution (its subspace,
+            its clipping), where it stands now, out of the task's generator.
+        integer: whether only whole numbers make sense.
+        value: the scale in force; None leaves it to the attack's own schedule. Set by the wrapper, read by the attack.
+    """
+
+    name: str
+    low: float
+    high: float
+    draw: Callable[[float, int], Tensor]
+    integer: bool = False
+    value: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One request of an attack for one image: rows float32 [n,C,H,W] in [0, 1], each of which costs one query."""
+    """One request of an attack for one image, each row of which costs one query.
+
+    What an attack makes of rows that were refused depends on the kind: of probes it uses those that were answered; after
+    a refused step it stays where it was and goes further next time, not less far; a line search stops at the best point
+    that it has; a start is drawn again.
+
+    Args:
+        rows: float32 [n,C,H,W] in [0, 1].
+        kind: what it is for.
+        redraw: `redraw(positions)` draws these rows again from the current proposal: fresh rows [k,C,H,W], which the attack
+            takes from then on for what it asked at these positions. None where rows are not random (a line search).
+        knobs: the scales from which the rows were drawn.
+        groups: n numbers, equal for rows that are of use only together (antithetic pairs); None where each stands alone.
+    """
 
     rows: Tensor
     kind: Kind = "probe"
+    redraw: Callable[[list[int]], Tensor] | None = None
+    knobs: tuple[Knob, ...] = ()
+    groups: tuple[int, ...] | None = None
 
 
 class BudgetExhausted(Exception):  # noqa: N818  (a signal, not a fault)
@@ -134,6 +171,8 @@ class Task:
         remaining: rows that may still be asked; kept up to date by the loop.
         levels: grey levels that rows are rounded to before the model sees them (256 for 8 bits), or None.
         pool: images [M,C,H,W] and labels [M] that the attacker owns, never the attacked ones, or None.
+        stochastic: the same row may be answered differently when it is asked again: one answer is then no proof, and what an
+            attack stands on must be asked again from time to time.
     """
 
     image: Tensor
@@ -145,6 +184,7 @@ class Task:
     remaining: int
     levels: int | None = None
     pool: tuple[Tensor, Tensor] | None = None
+    stochastic: bool = False
 
     def reached(self, answer: Answer) -> Tensor:
         """Which rows reached the goal: bool [n] on the host. A row that was not answered never did."""
@@ -171,7 +211,9 @@ class Attack(ABC):
     geometry needs it; a row outside the box is an error.
 
     Class attributes state what it needs: `knowledge` the least it must see (`label` or `score`), `norms` the distances that
-    it can keep small, `targeted` whether it can aim at a class, `needs_epsilon` whether it works at a given radius only.
+    it can keep small, `targeted` whether it can aim at a class, `needs_epsilon` whether it works at a given radius only,
+    `knobs` the names of the scales that its queries offer (`Knob`). With an epsilon the loop ends the search at the first
+    success inside the ball; a search that returns earlier gives the rest of its budget away.
     """
 
     name: ClassVar[str]
@@ -179,10 +221,18 @@ class Attack(ABC):
     norms: ClassVar[tuple[Norm, ...]] = ("l2",)
     targeted: ClassVar[bool] = True
     needs_epsilon: ClassVar[bool] = False
+    knobs: ClassVar[tuple[str, ...]] = ()
 
     def options(self) -> dict[str, object]:
         """The hyper-parameters, for the record."""
         return dict(vars(self))
+
+    def check(self, task: Task) -> None:  # noqa: B027  (most attacks have nothing to refuse)
+        """Refuse a task that this attack cannot work on; asked before the first query.
+
+        Raises:
+            InputError: what is wrong, and what to do.
+        """
 
     @abstractmethod
     def search(self, task: Task) -> Search:

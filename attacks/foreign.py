@@ -166,20 +166,16 @@ class ForeignAttack(Attack):
         """The hyper-parameters, for the record; a foolbox object stands as foolbox writes it."""
         return {key: repr(value) if isinstance(value, FoolboxAttack) else value for key, value in vars(self).items()}
 
-    def search(self, task: Task) -> Search:
-        """Run the foolbox attack on one image.
-
-        Raises:
-            InputError: at once, before a query: the task is none that this attack can do.
-        """
+    def check(self, task: Task) -> None:
+        """Refuse another norm than its own option asks for, and an untargeted task where it can only aim."""
         constraint = self.options().get("constraint")
         if constraint not in (None, task.norm):
             raise InputError(f"{self.name} with constraint={constraint} does not keep {task.norm} small: leave it out")
         if task.target is None and self.knowledge == "score":
             raise InputError(f"{self.name} is targeted only: give targets")
-        return self._search(task)
 
-    def _search(self, task: Task) -> Search:
+    def search(self, task: Task) -> Search:
+        """Run the foolbox attack on one image."""
         start = None
         if self._wants_start(task):
             start = yield from find_start(task)

@@ -77,6 +77,9 @@ class OnePixel(Attack):
         if self.generations is not None and self.generations < 0:
             raise InputError(f"generations must be at least 0, got {self.generations}")
 
+    def check(self, task: Task) -> None:
+        pixels_of(task, self.pixels)
+
     def search(self, task: Task) -> Search:
         k = pixels_of(task, self.pixels)
         evolution = self._start(task, k)
@@ -108,7 +111,7 @@ class OnePixel(Attack):
         known = []
         for some, theirs in zip(positions.split(size), colours.split(size), strict=True):
             answer = yield Query(paint(task, some, theirs))  # the rows live no longer than their query
-            if task.reached(answer).any():
+            if task.settled(answer):
                 return None
             known.append(losses(task, answer, self.loss))
         return torch.cat(known)

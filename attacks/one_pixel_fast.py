@@ -71,6 +71,9 @@ class OnePixelFast(Attack):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
+    def check(self, task: Task) -> None:
+        pixels_of(task, self.pixels)
+
     def search(self, task: Task) -> Search:
         k = pixels_of(task, self.pixels)
         board = Board(task, self.grid, self.palette)
@@ -133,7 +136,7 @@ class OnePixelFast(Attack):
         answer = yield Query(board.painted([[*others, node] for node in nodes]))
         for node, loss in zip(nodes, losses(task, answer, self.loss).tolist(), strict=True):
             board.known[frozenset([*others, node])] = loss
-        return task.reached_any(answer)
+        return task.settled(answer)
 
 
 class Board:

@@ -54,16 +54,19 @@ class RandomPixels(Attack):
         if self.batch < 1:
             raise InputError(f"batch must be at least 1, got {self.batch}")
 
+    def check(self, task: Task) -> None:
+        pixels_of(task, self.pixels)
+
     def search(self, task: Task) -> Search:
         k = pixels_of(task, self.pixels)
         size = (min(self.batch, rows_a_query(task)), k, 2 + len(task.image))
-        reached = False
-        while not reached:
+        settled = False
+        while not settled:
             genes = torch.rand(size, generator=task.generator, device=task.image.device)
             if self.colours == "corners":
                 genes[..., 2:] = genes[..., 2:].round()
             answer = yield Query(paint(task, *decode(task, genes)))
-            reached = bool(task.reached(answer).any())
+            settled = task.settled(answer)
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,15 @@ class PixelExhaustive(Attack):
         if self.batch < 1:
             raise InputError(f"batch must be at least 1, got {self.batch}")
 
-    def search(self, task: Task) -> Search:
+    def check(self, task: Task) -> None:
         pixels_of(task, 1)
+
+    def search(self, task: Task) -> Search:
         batch = min(self.batch, rows_a_query(task))
         for positions, colours in corners(task):
             for some, theirs in zip(positions.split(batch), colours.split(batch), strict=True):
                 answer = yield Query(paint(task, some, theirs))
-                if task.reached(answer).any():
+                if task.settled(answer):
                     return
 
 

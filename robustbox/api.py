@@ -28,7 +28,7 @@ def run_attack(
     images: Tensor | ArrayLike,
     labels: Tensor | ArrayLike,
     attack: str | Attack = "cgba",
-    norm: str = "l2",
+    norm: str | None = None,
     epsilon: float | None = None,
     targets: int | Tensor | ArrayLike | None = None,
     budget: int = 1000,
@@ -45,6 +45,8 @@ def run_attack(
     total_budget: int | None = None,
     keep_going: bool = False,
     max_rows: int | Literal["auto"] = "auto",
+    eot: int = 1,
+    accounts: int | None = 1,
     progress: Callable[[Progress], None] | None = None,
 ) -> AttackResult:
     """Attack images on a model that can only be queried, within an exact budget of queries.
@@ -59,7 +61,8 @@ def run_attack(
         images: float [N,C,H,W] in [0, 1].
         labels: N true classes. Images that the model misclassifies are counted once and not attacked.
         attack: a name (`robustbox.list_attacks()`), `foolbox:CLASS`, or an Attack.
-        norm: `l0` (changed pixels), `l2` or `linf`, in the units of the images.
+        norm: `l0` (changed pixels), `l2` or `linf`, in the units of the images; None is l2, or the attack's first norm where
+            it knows no l2.
         epsilon: radius of the ball in which an attack must succeed, and at whose first success it stops; None minimises
             the distance until the budget is spent.
         targets: classes to reach, N of them or one for all; None is untargeted.
@@ -76,6 +79,9 @@ def run_attack(
         total_budget: queries that all images together may cost.
         keep_going: with an epsilon, do not stop at the first success but go on minimising.
         max_rows: rows fused into one forward pass; "auto" learns the fastest.
+        eot: answers a row: each row is asked so many times, is charged so many queries, and the attack sees the consensus
+            (label of the majority, mean scores); against black boxes that answer at random.
+        accounts: accounts that the attacker may use up on one image where a gate bans them; None is any number.
         progress: called once a round with a `Progress`.
 
     Raises:
@@ -102,6 +108,8 @@ def run_attack(
         total_budget=total_budget,
         keep_going=keep_going,
         max_rows=max_rows,
+        eot=eot,
+        accounts=accounts,
     )
     with open_run(out, contest.config()) as folder:
         contest.check_clean()
@@ -135,7 +143,7 @@ def _contest(
     labels: Tensor | ArrayLike,
     *,
     attack: str | Attack = "cgba",
-    norm: str = "l2",
+    norm: str | None = None,
     epsilon: float | None = None,
     targets: int | Tensor | ArrayLike | None = None,
     budget: int = 1000,
@@ -150,14 +158,17 @@ def _contest(
     total_budget: int | None = None,
     keep_going: bool = False,
     max_rows: int | Literal["auto"] = "auto",
+    eot: int = 1,
+    accounts: int | None = 1,
 ) -> Contest:
     """Everything checked and built, nothing asked."""
     chosen = inputs.resolve_attack(attack, attack_options)
     defenses = inputs.resolve_defenses(defense, defense_options)
-    measured = inputs.check_threat(norm, epsilon, levels)
+    own = "l2" if "l2" in chosen.norms else chosen.norms[0]
+    measured = inputs.check_threat(norm or own, epsilon, levels)
     if measured not in chosen.norms:
         raise InputError(
-            f"attack {chosen.name} works in {' and '.join(chosen.norms)}, not in {norm}: choose another norm or attack"
+            f"attack {chosen.name} works in {' and '.join(chosen.norms)}, not in {measured}: choose another norm or attack"
         )
     if epsilon is None and chosen.needs_epsilon:
         raise InputError(f"attack {chosen.name} searches at a fixed radius: give epsilon")
@@ -168,6 +179,9 @@ def _contest(
         inputs.check_count(total_budget, "total_budget")
     if max_rows != "auto":
         inputs.check_count(max_rows, "max_rows")
+    inputs.check_count(eot, "eot")
+    if accounts is not None:
+        inputs.check_count(accounts, "accounts")
 
     box = as_black_box(model, device)
     for recipe in reversed(defenses):
@@ -186,6 +200,8 @@ def _contest(
         keep_going=keep_going,
         max_rows=max_rows,
         seed=seed,
+        eot=eot,
+        accounts=accounts,
     )
     contest = Contest(oracle, chosen, defenses, clean, truth, aims or [None] * len(truth), owned, rules)
     contest.check_task()

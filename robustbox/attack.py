@@ -87,6 +87,8 @@ def run(command: Command) -> None:
         "seed": config.seed,
         "keep_going": config.keep_going,
         "max_rows": config.max_rows,
+        "eot": config.eot,
+        "accounts": config.accounts,
         "pool": _rest(everything, classes, n),
     }
     if command.dry_run:
@@ -131,11 +133,12 @@ def show(result: AttackResult, console: Console) -> None:
     table = _table("images", "image", "label", "outcome", norm, "first at", "queries", "ended by")
     for i, identity in enumerate(result.meta["images"][:_SHOWN]):
         found, asked = bool(result.first_success[i]), bool(result.clean_correct[i])
+        lucky = found or bool(result.success_any[i])
         goal = f"{identity['label']}" if identity["target"] is None else f"{identity['label']} to {identity['target']}"
         table.add_row(
             str(i),
             goal,
-            "success" if result.success[i] else "not confirmed" if found else "failed" if asked else "-",
+            "success" if result.success[i] else "not confirmed" if lucky else "failed" if asked else "-",
             f"{result.distance[i]:.4g}" if found else "-",
             str(result.first_success[i]) if found else "-",
             str(result.queries[i]) if asked else "-",
@@ -168,6 +171,10 @@ def _summed_up(result: AttackResult, norm: str) -> Table:
         if share["share"] is not None:
             interval = f"95 % interval {share['low']:.1%} to {share['high']:.1%}"
             table.add_row(title, f"{share['hits']} of {share['of']} = {share['share']:.1%} ({interval})")
+    if result.rejected.any():
+        share = result.rejected.sum() / result.queries.sum()
+        burnt = f", accounts burnt: {result.accounts_burnt.sum()}" if result.accounts_burnt.any() else ""
+        table.add_row("rows rejected", f"{result.rejected.sum()} of {result.queries.sum()} = {share:.1%}{burnt}")
     medians = "  ".join(f"{q}: {far:.4g}" for q, far in summary["median_distance"].items())
     table.add_row(f"median {norm} after queries", medians)
     table.add_row("median queries to success", f"{summary['median_queries_to_success']:.6g}")

@@ -38,7 +38,8 @@ class AttackConfig:
             default: 20, or all where there are fewer.
         attack: a name (see --list), or foolbox:CLASS. Its own options are --attack.NAME: `--attack NAME --help` shows
             them.
-        norm: the distance to keep small.
+        norm: the distance to keep small: l0 (changed pixels), l2 or linf; default: l2, or the attack's first norm where it
+            knows no l2.
         epsilon: radius of the allowed ball, in the units of images in [0, 1]; default: minimise the distance.
         targets: the class to reach: one class for all images, next (label + 1), random (by the seed, never the label),
             or a list with one class an image; default: untargeted.
@@ -52,6 +53,9 @@ class AttackConfig:
         device: auto, cpu, cuda, cuda:1 and so on.
         keep_going: with epsilon, go on after the first success inside the ball and minimise.
         max_rows: rows fused into one forward pass; auto learns the fastest number while running.
+        eot: ask each row so many times, at so many queries, and show the attack the consensus: against black boxes that
+            answer at random.
+        accounts: accounts that the attacker may use up on one image where a gate bans them; null: any number.
         out: the run's folder; default: a new one under runs/.
     """
 
@@ -60,7 +64,7 @@ class AttackConfig:
     images: int | None = None
     attack: str = "cgba"
     attack_options: dict[str, Any] = field(default_factory=dict)
-    norm: Norm = "l2"
+    norm: Norm | None = None
     epsilon: float | None = None
     targets: int | Literal["next", "random"] | list[int] | None = None
     budget: int = 1000
@@ -73,6 +77,8 @@ class AttackConfig:
     device: str = "auto"
     keep_going: bool = False
     max_rows: int | Literal["auto"] = "auto"
+    eot: int = 1
+    accounts: int | None = 1
     out: str | None = None
 
     def what_to_run(self) -> dict[str, Any]:

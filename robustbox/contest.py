@@ -18,9 +18,10 @@ from robustbox.folder import environment
 from robustbox.goals import goal
 from robustbox.identity import derive_seed, sha256, stream
 from robustbox.inputs import check_labels
-from robustbox.loop import Progress, QueryLoop, Record, inside
+from robustbox.loop import Progress, QueryLoop
 from robustbox.oracle import Oracle
 from robustbox.protocol import Attack, Defense, Norm, Task
+from robustbox.records import Record, inside
 from robustbox.results import AttackResult
 
 _FUSED = 32
@@ -38,6 +39,8 @@ class Rules:
     keep_going: bool
     max_rows: int | Literal["auto"]
     seed: int
+    eot: int
+    accounts: int | None
 
 
 class Contest:
@@ -74,7 +77,7 @@ class Contest:
         nth: Counter[str] = Counter()  # an image that comes twice has two accounts
         for name in self._hashes:
             account = derive_seed(rules.seed, name, attack.name, "account", nth[name])
-            self._records.append(Record(account, rules.budget))
+            self._records.append(Record(account, rules.budget, rules.accounts))
             self._clerks.append(derive_seed(rules.seed, name, "verify", nth[name]))
             nth[name] += 1
         self._clean = np.zeros(len(labels), dtype=bool)
@@ -94,7 +97,18 @@ class Contest:
     def config(self) -> dict[str, Any]:
         """The contest under the names of the command line's options, as far as names can tell."""
         meta = self.meta()
-        same = ("norm", "epsilon", "budget", "total_budget", "knowledge", "levels", "seed", "keep_going")
+        same = [
+            "norm",
+            "epsilon",
+            "budget",
+            "total_budget",
+            "knowledge",
+            "levels",
+            "seed",
+            "keep_going",
+            "eot",
+            "accounts",
+        ]
         defenses = [recipe["name"] for recipe in meta["defense"]]
         return {
             "model": meta["model"]["name"],
@@ -151,6 +165,7 @@ class Contest:
             self.rules.keep_going,
             self.rules.max_rows,
             progress,
+            self.rules.eot,
         )
         try:
             loop.run()
@@ -170,6 +185,7 @@ class Contest:
             levels=self.oracle.levels,
             pool=self.pool,
             stochastic=self.oracle.box.stochastic,
+            accounts=self._records[i].unopened,
         )
 
     def verify(self) -> None:
@@ -200,9 +216,12 @@ class Contest:
             adversarials=self._adversarials(),
             ledger=dict(self.oracle.ledger),
             clean_correct=self._clean,
-            success_any=reached,
+            success_any=np.array([inside(record.lucky, epsilon) for record in records]),
             success_fresh=self._fresh,
             success_undefended=self._bare,
+            rejected=np.array([record.refused for record in records], dtype=np.int64),
+            first_rejected=np.array([record.first_refused for record in records], dtype=np.int64),
+            accounts_burnt=np.array([record.burnt for record in records], dtype=np.int64),
             stop_reasons=[record.stop for record in records],
             errors=[record.error for record in records],
             traces=[record.trace for record in records],
@@ -225,6 +244,8 @@ class Contest:
             "knowledge": oracle.knowledge,
             "levels": oracle.levels,
             "keep_going": rules.keep_going,
+            "eot": rules.eot,
+            "accounts": rules.accounts,
             "seed": rules.seed,
             "stochastic": oracle.box.stochastic,
             "max_rows": self._fused,

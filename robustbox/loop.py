@@ -19,46 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustbox.batching import BatchSize
+from robustbox.consensus import consensus
 from robustbox.distances import distance
 from robustbox.errors import ModelError
 from robustbox.goals import goal, reached
 from robustbox.oracle import Oracle, Phase
-from robustbox.protocol import Answer, Attack, BudgetExhausted, Query, Search, Task
+from robustbox.protocol import ANSWERED, BANNED, Answer, Attack, BudgetExhausted, Query, Search, Task
+from robustbox.records import Record, StopReason, inside
 
-StopReason = Literal["success", "budget", "total-budget", "finished", "error", "stopped", "misclassified", ""]
-
-TOLERANCE = 1e-6
-"""Slack of `distance <= epsilon`, absolute and relative: what rounding to float32 may add to a row on the sphere."""
-
-
-def inside(distance: float, epsilon: float | None) -> bool:
-    """Whether a distance lies in the ball of radius epsilon (None: everywhere that is finite)."""
-    return distance < np.inf if epsilon is None else distance <= epsilon * (1 + TOLERANCE) + TOLERANCE
-
-
-@dataclass(slots=True)
-class Record:
-    """The books of one image, kept by the loop: the attack has no say in them.
-
-    Attributes:
-        account: on whose behalf rows are sent; int64.
-        budget: rows that may be charged.
-        spent: rows charged so far.
-        best: the nearest row that was really sent and really answered adversarially, [C,H,W], or None.
-        distance: its distance; inf where there is none.
-        trace: (query, distance) at every improvement; queries count from 1.
-        stop: why the attack ended.
-        error: the message of the exception that ended it, if one did.
-    """
-
-    account: int
-    budget: int
-    spent: int = 0
-    best: Tensor | None = None
-    distance: float = np.inf
-    trace: list[tuple[int, float]] = field(default_factory=list)
-    stop: StopReason = ""
-    error: str | None = None
+VOTES = 9
+"""Answers of which the majority must agree before a stochastic black box's success ends an attack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +51,11 @@ class _Run:
     record: Record
     search: Search
     started: bool = False
+    sender: int = 0  # which of the attacker's accounts sent its last query
     cut: bool = False  # the budget covered only a part of its last query
     failure: Exception | None = None
     parts: list[Answer] = field(default_factory=list)
+    put_by: list[Answer] | None = None  # its last answer, while its success is put to the vote
 
 
 @dataclass(slots=True)
@@ -94,6 +66,7 @@ class _Piece:
     rows: Tensor
     phase: Phase
     goal: int
+    account: int
 
 
 class QueryLoop:
@@ -106,6 +79,7 @@ class QueryLoop:
         keep_going: with an epsilon, go on after the first success inside the ball and minimise.
         max_rows: rows fused into one forward pass, or "auto".
         progress: called once a round.
+        eot: how often each row is asked; the attack and the books get the consensus.
     """
 
     def __init__(
@@ -117,8 +91,10 @@ class QueryLoop:
         keep_going: bool = False,
         max_rows: int | Literal["auto"] = "auto",
         progress: Callable[[Progress], None] | None = None,
+        eot: int = 1,
     ) -> None:
         self.oracle = oracle
+        self._eot = eot
         self.batch = BatchSize(max_rows)
         self._keep_going = keep_going
         self._progress = progress
@@ -151,23 +127,54 @@ class QueryLoop:
 
     def _advance(self, run: _Run) -> None:
         record = run.record
+        if self._banned(run):
+            return self._finish(run, "banned")
+        if run.put_by is not None and self._upheld(run):
+            return self._finish(run, "success")
         wins = run.task.epsilon is not None and inside(record.distance, run.task.epsilon)
         if wins and not self._keep_going and run.failure is None:
-            return self._finish(run, "success")
+            return self._vote(run) if self.oracle.box.stochastic else self._finish(run, "success")
         try:
             query = self._resume(run)
             self._check(query, run.task)
+            account = record.sender(query.account)
         except StopIteration:
             return self._finish(run, "finished")
         except BudgetExhausted:
-            return self._finish(run, "budget" if record.spent >= record.budget else "total-budget")
+            own = record.budget - record.spent < self._eot
+            return self._finish(run, "budget" if own else "total-budget")
         except Exception as error:  # an attack that raises ends its own image, not the run
             record.error = f"{type(error).__name__}: {error}"
             return self._finish(run, "error")
-        self._enqueue(run, query)
+        run.sender = query.account
+        self._enqueue(run, query, account)
+
+    def _vote(self, run: _Run) -> None:
+        """Ask for a success again before it ends the attack: the answer may have been luck. At the attacker's expense."""
+        assert run.record.best is not None
+        run.put_by, run.parts = run.parts, []
+        run.sender = 0
+        self._enqueue(run, Query(run.record.best.expand(-(-VOTES // self._eot), -1, -1, -1)), run.record.sender(0))
+
+    def _upheld(self, run: _Run) -> bool:
+        """Whether the vote confirmed the success; if not, the attack goes on with the answer that was put by."""
+        votes = run.task.reached(_joined(run.parts)) if run.parts else torch.zeros(1)
+        run.parts, run.put_by = run.put_by or [], None
+        if votes.double().mean() > 0.5:
+            return True
+        run.record.overrule()
+        return False
+
+    def _banned(self, run: _Run) -> bool:
+        """Note a ban; whether it leaves the attacker without an account."""
+        if not any((part.status == BANNED).any() for part in run.parts):
+            return False
+        run.record.ban(run.sender)
+        return run.sender == 0 and run.record.unopened == 0
 
     def _resume(self, run: _Run) -> Query:
-        run.task.remaining = self._remaining(run)
+        run.task.remaining = self._remaining(run) // self._eot
+        run.task.accounts = run.record.unopened
         if not run.started:
             run.started = True
             return next(run.search)
@@ -200,23 +207,25 @@ class QueryLoop:
     def _remaining(self, run: _Run) -> int:
         left = run.record.budget - run.record.spent
         if self.oracle.total_budget is not None:
-            left = min(left, self.oracle.total_budget - self.oracle.charged - self._buffered)
+            left = min(left, self.oracle.total_budget - self.oracle.charged - self._buffered * self._eot)
         return left
 
-    def _enqueue(self, run: _Run, query: Query) -> None:
+    def _enqueue(self, run: _Run, query: Query, account: int) -> None:
         rows = query.rows
-        granted = min(rows.shape[0], self._remaining(run))
+        granted = min(rows.shape[0], self._remaining(run) // self._eot)
         run.cut = granted < rows.shape[0]
         task = run.task
         phase: Phase = "calibrate" if query.kind == "calibrate" else "attack"
         aim = goal(task.label, task.target)
         start = 0
         while start < granted and run.failure is None:
-            stop = min(granted, start + self.batch.size - self._buffered)
-            self._buffer.append(_Piece(run, rows[start:stop] if stop - start < rows.shape[0] else rows, phase, aim))
+            capacity = max(self.batch.size // self._eot, 1)  # changes with the passes, while the buffer is empty
+            stop = min(granted, start + capacity - self._buffered)
+            part = rows[start:stop] if stop - start < rows.shape[0] else rows
+            self._buffer.append(_Piece(run, part, phase, aim, account))
             self._buffered += stop - start
             start = stop
-            if self._buffered == self.batch.size:
+            if self._buffered == capacity:
                 self._flush()
 
     def _flush(self) -> None:
@@ -233,12 +242,14 @@ class QueryLoop:
         rows = self.oracle.round(rows)
         counts = [piece.rows.shape[0] for piece in pieces]
         phases: Counter[Phase] = Counter()
+        copies = self._eot
         for piece, count in zip(pieces, counts, strict=True):
-            phases[piece.phase] += count
-        accounts = np.repeat([piece.run.record.account for piece in pieces], counts)
-        answer = self._ask(rows, torch.from_numpy(accounts), phases)
+            phases[piece.phase] += count * copies
+        accounts = np.repeat([piece.account for piece in pieces], [count * copies for count in counts])
+        sent = rows if copies == 1 else rows.repeat_interleave(copies, dim=0)
+        answer = self._ask(sent, torch.from_numpy(accounts), phases)
         self._note(pieces, counts, rows, answer)
-        self.batch.observe(len(rows), time.perf_counter() - start)
+        self.batch.observe(len(sent), time.perf_counter() - start)
 
     def _refuse(self, pieces: list[_Piece], bad: list[int]) -> list[_Piece]:
         """Drop the queries that hold inadmissible rows: nothing of these pieces is charged, their attacks are told."""
@@ -261,11 +272,18 @@ class QueryLoop:
     # Answers on their way back: the books first, then the attack's share.
 
     def _note(self, pieces: list[_Piece], counts: list[int], rows: Tensor, answer: Answer) -> None:
+        """Book the answers to rows [n,C,H,W], each asked `eot` times in a row, and hand the attacks their shares."""
+        visible = consensus(self.oracle.visible(answer), self._eot)
         goals = np.repeat([piece.goal for piece in pieces], counts)
-        hits = np.flatnonzero(reached(goals, answer.labels.numpy(), answer.status.numpy()))
-        if len(hits):
-            self._record(pieces, counts, rows, hits)
-        visible = self.oracle.visible(answer)
+        solid = reached(goals, visible.labels.numpy(), visible.status.numpy())
+        once = solid
+        if self._eot > 1:
+            each = reached(np.repeat(goals, self._eot), answer.labels.numpy(), answer.status.numpy())
+            once = solid | each.reshape(-1, self._eot).any(axis=1)
+        if once.any():
+            self._record(pieces, counts, rows, np.flatnonzero(once), solid[once])
+        if answer.status.any():
+            self._count_refused(pieces, counts, answer.status.numpy() != ANSWERED)
         scores = torch.split(visible.scores, counts) if visible.scores is not None else (None,) * len(counts)
         shares = zip(
             pieces,
@@ -277,10 +295,17 @@ class QueryLoop:
         )
         for piece, its_labels, its_scores, its_status, count in shares:
             piece.run.parts.append(Answer(its_labels, its_scores, its_status))
-            piece.run.record.spent += count
+            piece.run.record.spent += count * self._eot
 
-    def _record(self, pieces: list[_Piece], counts: list[int], rows: Tensor, hits: NDArray[np.intp]) -> None:
-        """Update the books by the rows that reached their goals (positions in the pass, ascending)."""
+    def _record(
+        self,
+        pieces: list[_Piece],
+        counts: list[int],
+        rows: Tensor,
+        hits: NDArray[np.intp],
+        solid: NDArray[np.bool_],
+    ) -> None:
+        """Update the books by the rows that reached their goals (positions in the pass, ascending), solidly or once."""
         owner = np.repeat(np.arange(len(pieces)), counts)[hits]
         first = np.cumsum([0, *counts[:-1]])
         images = np.array([piece.run.index for piece in pieces])[owner]
@@ -288,14 +313,24 @@ class QueryLoop:
         norm = pieces[0].run.task.norm  # the run's
         distances = distance(rows[which] - self._images[whose], norm).tolist()
         improved: dict[int, int] = {}
-        for position, k, far in zip(hits.tolist(), owner.tolist(), distances, strict=True):
+        for position, k, far, held in zip(hits.tolist(), owner.tolist(), distances, solid.tolist(), strict=True):
             record = pieces[k].run.record
-            if far < record.distance:
+            record.lucky = min(record.lucky, far)
+            if held and far < record.distance:
                 record.distance = far
-                record.trace.append((record.spent + position - int(first[k]) + 1, far))
+                record.trace.append((record.spent + (position - int(first[k]) + 1) * self._eot, far))
                 improved[k] = position
         for k, position in improved.items():
             pieces[k].run.record.best = rows[position].clone()
+
+    def _count_refused(self, pieces: list[_Piece], counts: list[int], refused: NDArray[np.bool_]) -> None:
+        """Count the rows of each piece that were not answered; refused is [n eot]."""
+        ends = np.cumsum(np.array(counts) * self._eot)
+        for piece, its in zip(pieces, np.split(refused, ends[:-1]), strict=True):
+            if its.any():
+                record = piece.run.record
+                record.first_refused = record.first_refused or record.spent + int(its.argmax()) + 1
+                record.refused += int(its.sum())
 
     def _state(self, live: int) -> Progress:
         runs = self._runs

@@ -140,6 +140,7 @@ class Query:
             takes from then on for what it asked at these positions. None where rows are not random (a line search).
         knobs: the scales from which the rows were drawn.
         groups: n numbers, equal for rows that are of use only together (antithetic pairs); None where each stands alone.
+        account: which of the attacker's accounts sends the rows: 0 the one in use, from 1 on others kept beside it (scouts).
     """
 
     rows: Tensor
@@ -147,6 +148,7 @@ class Query:
     redraw: Callable[[list[int]], Tensor] | None = None
     knobs: tuple[Knob, ...] = ()
     groups: tuple[int, ...] | None = None
+    account: int = 0
 
 
 class BudgetExhausted(Exception):  # noqa: N818  (a signal, not a fault)
@@ -173,6 +175,8 @@ class Task:
         pool: images [M,C,H,W] and labels [M] that the attacker owns, never the attacked ones, or None.
         stochastic: the same row may be answered differently when it is asked again: one answer is then no proof, and what an
             attack stands on must be asked again from time to time.
+        accounts: accounts that the attacker may still open beside the one in use (the loop opens the next when a gate bans
+            it), None for any number; kept up to date by the loop.
     """
 
     image: Tensor
@@ -185,6 +189,7 @@ class Task:
     levels: int | None = None
     pool: tuple[Tensor, Tensor] | None = None
     stochastic: bool = False
+    accounts: int | None = 0
 
     def reached(self, answer: Answer) -> Tensor:
         """Which rows reached the goal: bool [n] on the host. A row that was not answered never did."""
@@ -198,6 +203,10 @@ class Task:
             if status == ANSWERED and (label != self.label if self.target is None else label == self.target):
                 return True
         return False
+
+    def settled(self, answer: Answer) -> bool:
+        """Whether a search that gains nothing after a success may end: some row reached the goal, and will again."""
+        return not self.stochastic and self.reached_any(answer)
 
 
 Search = Generator[Query, Answer, None]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustbox.loop import inside
+from robustbox.records import inside
 from robustbox.statistics import median, wilson
 
 MILESTONES = (50, 100, 250, 500, 1000, 2000, 5000, 10000, 20000, 50000)
@@ -29,12 +29,15 @@ class AttackResult:
         adversarials: float32 [N,C,H,W] on the black box's device, really sent and really answered so; NaN where none.
         ledger: rows by phase; their sum is every row that the black box (or the undefended model) saw.
         clean_correct: bool [N], classified correctly before the attack.
-        success_any: bool [N], some query reached the goal within epsilon.
+        success_any: bool [N], some query reached the goal within epsilon, if only once.
         success_fresh: bool [N], the adversarial reached the goal again when the evaluator asked: in the majority of 25 draws
             where the black box is stochastic, else in one.
         success_undefended: bool [N], the adversarial also fools the undefended model (the same as fresh without a defense).
-        stop_reasons: `success`, `budget`, `total-budget`, `finished` (the attack had no more to ask), `error`, `stopped` (the
-            run ended early) or `misclassified`.
+        rejected: int64 [N], rows that a stateful gate refused (they are charged like the others).
+        first_rejected: int64 [N], the query (counted from 1) that was refused first; 0 = none was.
+        accounts_burnt: int64 [N], accounts of the attacker that a gate banned.
+        stop_reasons: `success`, `budget`, `total-budget`, `banned` (the last account was), `finished` (the attack had no more
+            to ask), `error`, `stopped` (the run ended early) or `misclassified`.
         errors: what an attack that raised had to say.
         traces: (query, distance) at every improvement.
         epsilon: the radius asked for, or None.
@@ -51,6 +54,9 @@ class AttackResult:
     success_any: NDArray[np.bool_]
     success_fresh: NDArray[np.bool_]
     success_undefended: NDArray[np.bool_]
+    rejected: NDArray[np.int64]
+    first_rejected: NDArray[np.int64]
+    accounts_burnt: NDArray[np.int64]
     stop_reasons: list[str]
     errors: list[str | None]
     traces: list[list[tuple[int, float]]]
@@ -97,6 +103,8 @@ class AttackResult:
             "success_at": {str(q): _share(int(self.success_at(q).sum()), attacked) for q in points},
             "median_queries_to_success": median(self._censored_queries()),
             "queries": int(self.queries.sum()),
+            "rejected": int(self.rejected.sum()),
+            "accounts_burnt": int(self.accounts_burnt.sum()),
             "errors": sum(error is not None for error in self.errors),
             "unconfirmed": int((self.success_any & ~self.success_fresh).sum()),
             "ledger": dict(self.ledger),

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works uninsta
 import robustbox as rb
 from robustbox import registry
 from robustbox.identity import stream
-from robustbox.loop import QueryLoop, Record
+from robustbox.loop import QueryLoop
+from robustbox.records import Record
 from robustbox.oracle import Oracle
 from robustbox.protocol import Answer, Attack, BlackBox, Query, Search, Task
 

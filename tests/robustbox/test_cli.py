@@ -71,7 +71,7 @@ def results(folder: str | Path) -> dict[str, Any]:
 def test_without_options_it_is_the_main_job() -> None:
     config = parse([]).config
     assert (config.model, config.attack, config.budget, config.seed) == ("cifar10-resnet20", "cgba", 1000, 0)
-    assert (config.norm, config.epsilon, config.targets, config.defense) == ("l2", None, None, None)
+    assert (config.norm, config.epsilon, config.targets, config.defense) == (None, None, None, None)
 
 
 def test_a_run_counts_shows_and_writes(world: World, capsys: pytest.CaptureFixture[str]) -> None:

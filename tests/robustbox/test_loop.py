@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from robustbox import run_attack
-from robustbox.loop import Progress, inside
+from robustbox.loop import Progress
 from robustbox.protocol import Answer, BudgetExhausted, Query, Search, Task
+from robustbox.records import inside
 from tests.toys import Gate, HalfSpace, Scripted, Walk, images, stubborn
 
 BUDGETS = (1, 2, 7, 100)

@@ -1,0 +1,88 @@
+"""The books of one image, kept by the query loop: the attack has no say in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from robustbox.identity import derive_seed
+
+StopReason = Literal["success", "budget", "total-budget", "banned", "finished", "error", "stopped", "misclassified", ""]
+
+TOLERANCE = 1e-6
+"""Slack of `distance <= epsilon`, absolute and relative: what rounding to float32 may add to a row on the sphere."""
+
+
+def inside(distance: float, epsilon: float | None) -> bool:
+    """Whether a distance lies in the ball of radius epsilon (None: everywhere that is finite)."""
+    return distance < np.inf if epsilon is None else distance <= epsilon * (1 + TOLERANCE) + TOLERANCE
+
+
+@dataclass(slots=True)
+class Record:
+    """What happened to one image.
+
+    Attributes:
+        account: the attacker's first account; int64.
+        budget: rows that may be charged.
+        accounts: accounts that the attacker may open, the first one included; None is any number.
+        spent: rows charged so far.
+        best: the nearest row that was really sent and really answered adversarially, [C,H,W], or None.
+        distance: its distance; inf where there is none.
+        lucky: the least distance at which any answer was adversarial; less than `distance` where it was outvoted.
+        trace: (query, distance) at every improvement; queries count from 1.
+        refused: rows that a gate rejected or no longer served.
+        first_refused: the first of them, counted from 1; 0 where there was none.
+        burnt: accounts that a gate banned.
+        stop: why the attack ended.
+        error: the message of the exception that ended it, if one did.
+    """
+
+    account: int
+    budget: int
+    accounts: int | None = 1
+    spent: int = 0
+    best: Tensor | None = None
+    distance: float = np.inf
+    lucky: float = np.inf
+    trace: list[tuple[int, float]] = field(default_factory=list)
+    refused: int = 0
+    first_refused: int = 0
+    burnt: int = 0
+    stop: StopReason = ""
+    error: str | None = None
+    _opened: int = 0
+    _in_use: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def unopened(self) -> int | None:
+        """Accounts that the attacker may still open, beside the one in use; None is any number."""
+        return None if self.accounts is None else max(self.accounts - max(self._opened, 1), 0)
+
+    def sender(self, which: int) -> int:
+        """The account that sends a query (`Query.account`), opened where it is new or the last one was banned.
+
+        Raises:
+            ValueError: the attacker has opened all that it may.
+        """
+        if which not in self._in_use:
+            if self.accounts is not None and self._opened >= self.accounts:
+                raise ValueError(
+                    f"the attack asked for account {which}, but has opened all {self.accounts} it may have"
+                )
+            self._in_use[which] = derive_seed(self.account, self._opened) if self._opened else self.account
+            self._opened += 1
+        return self._in_use[which]
+
+    def ban(self, which: int) -> None:
+        """Note that the account which sent a query is no longer served."""
+        del self._in_use[which]
+        self.burnt += 1
+
+    def overrule(self) -> None:
+        """Forget the best row: it did not hold when it was asked again."""
+        self.best, self.distance = None, np.inf
+        self.trace.clear()

@@ -1,10 +1,13 @@
 """Every attack beside its blind control and its peers: one table a threat model, all through the same oracle.
 
-    python scripts/bench_attacks.py                                        50 images, 5000 queries each: about two hours
-    python scripts/bench_attacks.py --images 20 --budget 1000 --only l2
+    python scripts/bench_attacks.py                                        50 images, 2000 queries each: about two hours
+    python scripts/bench_attacks.py --images 20 --budget 1000 --only l2 --sides cgba surfree
+    python scripts/bench_attacks.py --markdown                             what is done so far, as tables for docs/
 
-The images are the first N of the real CIFAR-10 file that the ResNet-20 of the data folder classifies correctly. A cell is the
-median distance after so many queries (a failure counts as infinite), or, at a fixed radius, how many images succeeded by then.
+The images are the first N of the real CIFAR-10 file that the ResNet-20 of the data folder classifies correctly (`imagenet-l2`:
+of the 224 x 224 sample, with EfficientNet-Lite0). A cell is the median distance after so many queries (a failure counts as
+infinite), or, at a fixed radius, how many images succeeded by then. Every finished side is kept in --out, and a run goes on
+where another one stopped; sides of one threat model that several processes measured at once have no comparable rows/s.
 
 Peers are other people's code, unchanged: foolbox by our own adapter; ART 1.20.1 and torchattacks 3.5.1 are installed without
 their dependencies into build/peers, where only this script looks. Their rows pass our oracle as an attack's do, within the
@@ -14,16 +17,21 @@ same budget; what they draw from random states of their own (ART's HopSkipJump) 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -32,9 +40,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_cgba import load
 
-from robustbox import AttackResult, registry, run_attack
+from robustbox import load_model, registry, run_attack
 from robustbox.attacks.guest import Ask, Guest, Randomness
 from robustbox.protocol import NORMS, Attack, Norm, Search, Task
+from robustbox.records import inside
 from robustbox.statistics import median, wilson
 
 PEERS = Path(__file__).resolve().parents[1] / "build/peers"
@@ -51,6 +60,12 @@ class Contest:
     epsilon: float | None
     knowledge: str
     sides: Mapping[str, Callable[[], Attack]]
+    data: str = "cifar10"
+
+    def title(self) -> str:
+        """The threat model in words."""
+        radius = "least distance" if self.epsilon is None else f"within {self.epsilon:g}"
+        return f"{self.norm}, {radius}, {self.knowledge}s, {self.data}"
 
 
 def ours(name: str, **options: Any) -> Callable[[], Attack]:
@@ -58,27 +73,82 @@ def ours(name: str, **options: Any) -> Callable[[], Attack]:
     return lambda: registry.load("attacks", name)(**options)
 
 
+def art(name: str, **options: Any) -> Callable[[], Attack]:
+    """One of ART's evasion attacks."""
+    return lambda: Peer(partial(art_attack, name, **options))
+
+
 def contests() -> dict[str, Contest]:
     """All that is measured: each attack, its control, its peers."""
     l2 = {
         "cgba": ours("cgba"),
         "cgba-h": ours("cgba-h"),
+        "surfree": ours("surfree"),
+        "hop-skip-jump": ours("hop-skip-jump"),
+        "qeba": ours("qeba"),
+        "geoda": ours("geoda"),
+        "tangent": ours("tangent"),
+        "sign-opt": ours("sign-opt"),
+        "boundary": ours("boundary"),
         "random (control)": ours("random"),
-        "foolbox HopSkipJump": ours("foolbox:HopSkipJumpAttack", initial_gradient_eval_steps=30),
+        "foolbox HopSkipJump, 30 evaluations": ours("foolbox:HopSkipJumpAttack", initial_gradient_eval_steps=30),
+        "foolbox HopSkipJump, 100 evaluations": ours("foolbox:HopSkipJumpAttack"),
         "foolbox Boundary": ours("foolbox:BoundaryAttack"),
-        "ART HopSkipJump": lambda: Peer(art_hop_skip_jump),
+        "ART HopSkipJump, 30 evaluations": art("HopSkipJump", norm=2, max_iter=1000, init_eval=30),
+        "ART HopSkipJump, 100 evaluations": art("HopSkipJump", norm=2, max_iter=1000),
+        "ART GeoDA": art("GeoDA", norm=2, max_iter=4000),
+        "ART SignOPT": art("SignOPTAttack", targeted=False, max_iter=1000, query_limit=10**6),
+        "ART Boundary": art("BoundaryAttack", targeted=False, max_iter=10**5),
+    }
+    linf = {
+        "hop-skip-jump": ours("hop-skip-jump"),
+        "rays": ours("rays"),
+        "sign-flip": ours("sign-flip"),
+        "geoda": ours("geoda"),
+        "sign-opt": ours("sign-opt"),
+        "random (control)": ours("random"),
+        "foolbox HopSkipJump, 30 evaluations": ours(
+            "foolbox:HopSkipJumpAttack", initial_gradient_eval_steps=30, constraint="linf"
+        ),
+        "foolbox HopSkipJump, 100 evaluations": ours("foolbox:HopSkipJumpAttack", constraint="linf"),
+        "ART HopSkipJump, 30 evaluations": art("HopSkipJump", norm=np.inf, max_iter=1000, init_eval=30),
+        "ART HopSkipJump, 100 evaluations": art("HopSkipJump", norm=np.inf, max_iter=1000),
+        "ART GeoDA": art("GeoDA", norm=np.inf, max_iter=4000),
     }
     labels = {
+        "rays": ours("rays"),
+        "sign-flip": ours("sign-flip"),
         "bayes-subspace distance": ours("bayes-subspace", objective="distance"),
         "bayes-subspace label (paper)": ours("bayes-subspace", objective="label"),
-        "  its control: random": ours("bayes-subspace", acquisition="random"),
-        "  its control: sobol": ours("bayes-subspace", acquisition="sobol"),
+        "its control: random in the subspace": ours("bayes-subspace", acquisition="random"),
+        "its control: sobol in the subspace": ours("bayes-subspace", acquisition="sobol"),
         "random (control)": ours("random"),
     }
     scores = {
+        "square": ours("square"),
+        "nes": ours("nes"),
+        "bandits": ours("bandits"),
+        "sign-hunter": ours("sign-hunter"),
+        "zo-sign-sgd": ours("zo-sign-sgd"),
+        "simba dct": ours("simba", basis="dct"),
+        "simba pixel": ours("simba", basis="pixel"),
         "bayes-subspace margin": ours("bayes-subspace", objective="margin"),
-        "  its control: random": ours("bayes-subspace", acquisition="random"),
-        "ART Square": lambda: Peer(art_square),
+        "random (control)": ours("random"),
+        "ART Square": art("SquareAttack", norm=np.inf, eps=0.03, max_iter=10_000),
+        "torchattacks Square": lambda: Peer(torchattacks_square),
+    }
+    scores_l2 = {
+        "square": ours("square"),
+        "nes": ours("nes"),
+        "bandits": ours("bandits"),
+        "sign-hunter": ours("sign-hunter"),
+        "simba dct": ours("simba", basis="dct"),
+        "simba pixel": ours("simba", basis="pixel"),
+        "random (control)": ours("random"),
+        "ART Square": art("SquareAttack", norm=2, eps=0.5, max_iter=10_000),
+        "torchattacks Square": lambda: Peer(torchattacks_square),
+        "ART SimBA dct": art("SimBA", attack="dct", epsilon=0.2, max_iter=3000, freq_dim=8),
+        "ART SimBA pixel": art("SimBA", attack="px", epsilon=0.2, max_iter=3000),
     }
     pixels = {
         "one-pixel-fast": ours("one-pixel-fast"),
@@ -87,13 +157,22 @@ def contests() -> dict[str, Contest]:
         "pixel-exhaustive (control)": ours("pixel-exhaustive"),
         "random-pixels (control)": ours("random-pixels"),
         "torchattacks OnePixel": lambda: Peer(torchattacks_one_pixel),
-        "ART Pixel": lambda: Peer(art_pixel),
+        "ART Pixel": art("PixelAttack", th=1, es=1, max_iter=100),
+    }
+    large = {
+        "cgba": ours("cgba"),
+        "surfree": ours("surfree"),
+        "hop-skip-jump": ours("hop-skip-jump"),
+        "qeba": ours("qeba"),
     }
     return {
         "l2": Contest("l2", None, "label", l2),
+        "linf": Contest("linf", None, "label", linf),
         "linf-labels": Contest("linf", 0.03, "label", labels),
         "linf-scores": Contest("linf", 0.03, "score", scores),
+        "l2-scores": Contest("l2", 0.5, "score", scores_l2),
         "l0": Contest("l0", 1, "score", pixels),
+        "imagenet-l2": Contest("l2", None, "label", large, "imagenet"),
     }
 
 
@@ -125,9 +204,10 @@ def predict(ask: Ask) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
     return probabilities
 
 
-def art(name: str, ask: Ask, task: Task, **options: Any) -> object:
+def art_attack(name: str, ask: Ask, task: Task, **options: Any) -> object:
     """One of ART's evasion attacks on one image."""
     install("art")
+    np.mat = getattr(np, "mat", np.asmatrix)  # NumPy 2 has it no more, ART's GeoDA still asks for it
     from art.attacks import evasion
     from art.estimators.classification import BlackBoxClassifierNeuralNetwork
 
@@ -136,19 +216,19 @@ def art(name: str, ask: Ask, task: Task, **options: Any) -> object:
     return attack.generate(task.image[None].numpy(), y=np.eye(CLASSES, dtype=np.float32)[[task.label]])
 
 
-def art_hop_skip_jump(ask: Ask, task: Task) -> object:
-    """ART's HopSkipJump in l2, first 30 directions a step, until the budget ends it."""
-    return art("HopSkipJump", ask, task, norm=2, max_iter=1000, init_eval=30)
+class Asking(nn.Module):
+    """The black box as torchattacks takes it: from rows to logarithms of probabilities."""
 
+    def __init__(self, ask: Ask) -> None:
+        super().__init__()
+        self.ask = ask
+        self.where = nn.Parameter(torch.zeros(1), requires_grad=False)  # it looks for the device here
 
-def art_square(ask: Ask, task: Task) -> object:
-    """ART's Square in linf."""
-    return art("SquareAttack", ask, task, norm=np.inf, eps=task.epsilon, max_iter=10_000)
-
-
-def art_pixel(ask: Ask, task: Task) -> object:
-    """ART's pixel attack by differential evolution, one pixel."""
-    return art("PixelAttack", ask, task, th=1, es=1, max_iter=100)
+    def forward(self, rows: Tensor) -> Tensor:
+        """Log-probabilities of rows."""
+        scores = self.ask(rows.clamp(0, 1)).scores
+        assert scores is not None
+        return scores.log()
 
 
 def torchattacks_one_pixel(ask: Ask, task: Task) -> object:
@@ -156,17 +236,18 @@ def torchattacks_one_pixel(ask: Ask, task: Task) -> object:
     install("torchattacks")
     from torchattacks import OnePixel
 
-    class Asking(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.where = nn.Parameter(torch.zeros(1), requires_grad=False)  # it looks for the device here
+    attack = OnePixel(Asking(ask).eval(), pixels=1, steps=20, popsize=400)
+    return attack(task.image[None], torch.tensor([task.label]))
 
-        def forward(self, rows: Tensor) -> Tensor:
-            scores = ask(rows.clamp(0, 1)).scores
-            assert scores is not None
-            return scores.log()
 
-    attack = OnePixel(Asking().eval(), pixels=1, steps=20, popsize=400)
+def torchattacks_square(ask: Ask, task: Task) -> object:
+    """torchattacks' Square, as many queries as there are."""
+    install("torchattacks")
+    from torchattacks import Square
+
+    norm = {"linf": "Linf", "l2": "L2"}[task.norm]
+    seed = int(torch.randint(2**31, (1,), generator=task.generator))
+    attack = Square(Asking(ask).eval(), norm, task.epsilon, n_queries=task.remaining, loss="margin", seed=seed)
     return attack(task.image[None], torch.tensor([task.label]))
 
 
@@ -179,50 +260,109 @@ def install(package: str) -> None:
         sys.path.append(str(PEERS))
 
 
-def row(side: str, result: AttackResult, marks: list[int]) -> list[str]:
+@cache
+def inputs(data: str, n: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model, and the first n images of its data that it classifies correctly, with their labels."""
+    if data == "cifar10":
+        return load(n)[:3]
+    model = load_model("imagenet-efficientnet-lite0")
+    folder = Path(os.environ.get("ROBUSTBOX_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
+    kept, labels = [], []
+    with zipfile.ZipFile(folder / "imagenet_sample_dev.zip") as archive:
+        for name in sorted(each for each in archive.namelist() if each.endswith(".jpg")):
+            pixels = np.asarray(Image.open(archive.open(name)).convert("RGB"))
+            image, label = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255, int(Path(name).name[:4])
+            with torch.no_grad():
+                if int(model(image[None]).argmax()) == label:
+                    kept.append(image)
+                    labels.append(label)
+            if len(kept) == n:
+                break
+    return model, torch.stack(kept), torch.tensor(labels)
+
+
+def measure(contest: Contest, side: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One side's run, as plain JSON values."""
+    model, images, labels = inputs(contest.data, args.images)
+    setting = {"epsilon": contest.epsilon, "budget": args.budget, "knowledge": contest.knowledge, "seed": args.seed}
+    result = run_attack(model, images, labels, contest.sides[side](), contest.norm, **setting)
+    return {
+        "traces": result.traces,
+        "queries": result.queries.tolist(),
+        "rows_per_second": result.meta["rows_per_second"],
+        "errors": [error for error in result.errors if error],
+    }
+
+
+def row(side: str, run: dict[str, Any], epsilon: float | None, marks: list[int]) -> list[str]:
     """One line of the table."""
-    n, hits = len(result), int(result.success.sum())
+    traces = run["traces"]
+    n = len(traces)
+    first = [next((query for query, far in trace if inside(far, epsilon)), np.inf) for trace in traces]
+    hits = int(np.isfinite(first).sum())
     low, high = wilson(hits, n)
-    if result.epsilon is None:
-        cells = [f"{median(result.distance_at(mark)):.3f}" for mark in marks]
+    if epsilon is None:
+        best = [
+            [min((far for query, far in trace if query <= mark), default=np.inf) for trace in traces] for mark in marks
+        ]
+        cells = [f"{median(each):.3f}" for each in best]
     else:
-        cells = [str(int(result.success_at(mark).sum())) for mark in marks]
-    first = median(np.where(result.success, result.first_success, np.inf))
-    errors = sum(error is not None for error in result.errors)
-    speed = f"{result.meta['rows_per_second']:,.0f}" + (f" ({errors} errors)" if errors else "")
+        cells = [str(sum(query <= mark for query in first)) for mark in marks]
+    errors = f" ({len(run['errors'])} errors)" if run["errors"] else ""
     return [
         side,
-        f"{hits} of {n}",
-        f"{low:.2f}-{high:.2f}",
+        f"{hits} of {n} ({low:.0%}-{high:.0%})",
         *cells,
-        f"{first:,.0f}",
-        f"{result.queries.mean():,.0f}",
-        speed,
+        f"{median(first):,.0f}",
+        f"{np.mean(run['queries']):,.0f}",
+        f"{run['rows_per_second']:,.0f}{errors}",
     ]
+
+
+def show(contest: Contest, runs: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    """The table of a threat model, for the terminal or as markdown."""
+    marks = [mark for mark in MARKS if mark < args.budget] + [args.budget]
+    head = ["side", "success (95 %)", *map(str, marks), "median first", "rows an image", "rows/s"]
+    rows = [row(side, runs[side], contest.epsilon, marks) for side in contest.sides if side in runs]
+    title = f"{contest.title()}; {args.images} images, seed {args.seed}"
+    if args.markdown:
+        lines = [head, ["---"] * len(head), *rows]
+        print(f"### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+        return
+    table = Table(*head, title=title)
+    for line in rows:
+        table.add_row(*line)
+    Console(width=160).print(table)
 
 
 def main() -> None:
     everything = contests()
     parser = argparse.ArgumentParser(description="Every attack beside its control and its peers.")
     parser.add_argument("--images", type=int, default=50)
-    parser.add_argument("--budget", type=int, default=5000)
+    parser.add_argument("--budget", type=int, default=2000)
     parser.add_argument("--only", nargs="+", choices=list(everything), default=list(everything))
+    parser.add_argument("--sides", nargs="+", help="these sides alone")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_attacks"), help="a folder, one file a side")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing, print what is there")
     args = parser.parse_args()
+    out = args.out.resolve()
+    PEERS.mkdir(parents=True, exist_ok=True)
+    os.chdir(PEERS)  # some of them write files where they stand
 
-    model, images, labels, _ = load(args.images)
-    marks = [mark for mark in MARKS if mark < args.budget] + [args.budget]
     for name in args.only:
-        contest = everything[name]
-        radius = "least distance" if contest.epsilon is None else f"within {contest.epsilon:g}"
-        title = f"{contest.norm}, {radius}, attacker sees {contest.knowledge}s; {args.images} images, seed {args.seed}"
-        table = Table("side", "success", "95 %", *map(str, marks), "first", "rows", "rows/s", title=title)
-        for side, attack in contest.sides.items():
-            setting = {"epsilon": contest.epsilon, "budget": args.budget, "knowledge": contest.knowledge}
-            result = run_attack(model, images, labels, attack(), contest.norm, seed=args.seed, **setting)
-            table.add_row(*row(side, result, marks))
-            print(f"{name}: {side} done", file=sys.stderr, flush=True)
-        Console(width=140).print(table)
+        contest, runs = everything[name], {}
+        for side in contest.sides:
+            file = out / f"{name}-{args.images}x{args.budget}-seed{args.seed}" / f"{side}.json"
+            wanted = not args.markdown and (not args.sides or side in args.sides)
+            if wanted and not file.exists():
+                print(f"{name}: {side}", file=sys.stderr, flush=True)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(measure(contest, side, args)))
+            if file.exists():
+                runs[side] = json.loads(file.read_text())
+        if runs:
+            show(contest, runs, args)
 
 
 if __name__ == "__main__":

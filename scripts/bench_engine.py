@@ -32,9 +32,9 @@ import robustbox as rb
 from robustbox import registry
 from robustbox.identity import stream
 from robustbox.loop import QueryLoop
-from robustbox.records import Record
 from robustbox.oracle import Oracle
 from robustbox.protocol import Answer, Attack, BlackBox, Query, Search, Task
+from robustbox.records import Record
 
 DATA = {"cifar10-resnet20": "foolbox:cifar10", "digits-cnn": "digits"}
 BARS = {"cifar10-resnet20": 0.90, "digits-cnn": 0.35}

@@ -29,7 +29,11 @@ Deviations from the paper beside the informative objectives:
   as in the paper, and `dct` in l2; `fft` is the code's.
 - Acquisition functions are maximised over random directions and perturbations of the best one, then by gradient steps, where
   the paper runs L-BFGS-B from the best of 200 random points.
-- Every row that succeeds ends the attack, in the initial design too, and nothing is asked twice.
+- No direction is asked twice, of the last 500. The prediction is highest where a high value was seen: left to themselves
+  `pm` and `poi` ask for the best known point for ever, and the fit sees nothing but copies of it.
+- The value to improve on is the highest posterior mean at the points observed, where the paper takes the highest value
+  observed: the same without noise, and no lucky draw of a stochastic model stands in the way of better points.
+- Every row that succeeds ends the attack, in the initial design too.
 
 Query cost: `initial` rows, then 1 row a step; `distance` spends the first 15 steps on random directions to learn the scale of
 f. The controls ask `initial` rows at a time. A step with n observations in d dimensions takes O(n^2 + n d) of our own time;
@@ -51,7 +55,8 @@ from robustbox.distances import distance
 from robustbox.errors import InputError, unknown_name
 from robustbox.protocol import ANSWERED, Answer, Attack, Norm, Query, Search, Task
 
-from .decoders import DecoderName, decoder
+from .decoders import Decoder, DecoderName, decoder
+from .losses import losses
 from .random import Rays
 
 if TYPE_CHECKING:
@@ -72,8 +77,9 @@ UPPER_QUARTILE = 0.67
 """Of the standard normal distribution: where the staircase ends, in standard deviations of f."""
 LENGTHSCALE, NOISE = 2.0, 0.04
 """Of `distance`: nearly linear, and the noise's variance in units of that of f at random directions."""
-GLOBAL, LOCAL, SPREADS = 64, 32, (0.1, 0.3, 1.0)
-"""Where an acquisition function is tried first: random directions, and so many at each spread around the best."""
+GLOBAL, LOCAL, SPREADS, CORNERS = 64, 32, (0.1, 0.3, 1.0), (0.45, 0.6, 1.0)
+"""Where an acquisition function is tried first: random directions, and so many at each spread around the best; between
+corners of the cube the spreads at which 1, 5 and 16 % of the cells change sides."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,8 @@ class BayesSubspace(Attack):
             that there are about a hundred dimensions.
         objective: label (the paper's, blind), margin (needs scores) or distance (labels, learns from radii beyond epsilon);
             default: margin where scores are granted, else distance.
-        acquisition: ei, ucb, poi or pm (the last two only exploit, and stall); random and sobol are controls that search
-            the same subspace without a process.
+        acquisition: ei, ucb, poi or pm (pm only exploits, poi nearly so); random and sobol are controls that search the
+            same subspace without a process.
         initial: rows of the initial design; rows a query of the controls.
         signs: in linf, move every value by epsilon up or down, as the paper's `discrete`; else by up to epsilon.
         beta: weight of the variance in ucb.
@@ -125,6 +131,20 @@ class BayesSubspace(Attack):
         """`score` for the objective margin, else `label`."""
         return "score" if self.objective == "margin" and self.acquisition not in ("random", "sobol") else "label"
 
+    def check(self, task: Task) -> None:
+        """Refuse an image that is too small for the decoder's size.
+
+        Raises:
+            InputError: with the largest size.
+        """
+        self.subspace(task)
+
+    def subspace(self, task: Task) -> Decoder:
+        """From directions to images of the task's shape."""
+        channels, height, width = task.image.shape
+        name: DecoderName = self.decoder or ("nni" if task.norm == "linf" else "dct")
+        return decoder(name, (channels, height, width), self.size or max(round(math.sqrt(DIMENSIONS / channels)), 1))
+
     def search(self, task: Task) -> Search:
         assert task.epsilon is not None  # needs_epsilon
         space = Space(task, self)
@@ -149,14 +169,14 @@ class BayesSubspace(Attack):
 
         process, fitted = Process(space.dim, mean=-1.0), 1
         while True:
-            values = margins(task, answer).tolist() if scored else [-1.0] * len(points)
+            values = (-losses(task, answer, "margin")).tolist() if scored else [-1.0] * len(points)
             for point, value, status in zip(points, values, answer.status.tolist(), strict=True):
                 if status == ANSWERED:
                     process.tell(point, value)
             if len(process) >= GROWTH * fitted:
                 process.fit()
                 fitted = len(process)
-            points = self._candidate(process, space, process.values)
+            points = self._candidate(process, space)
             answer = yield Query(space.rows(points, epsilon), "step")
             if task.reached_any(answer):
                 return
@@ -185,7 +205,7 @@ class BayesSubspace(Attack):
             process.tell_side(point, told, above)
         while True:
             with torch.no_grad():
-                points = self._candidate(process, space, process.moments(process.points)[0])
+                points = self._candidate(process, space)
                 threshold = min(max(float(process.moments(points)[0]), least), 1.0)
             answer = yield Query(space.rows(points, epsilon / threshold), "step")
             above = task.reached_any(answer)
@@ -194,23 +214,26 @@ class BayesSubspace(Attack):
             if not answer.status.any():
                 process.tell_side(points[0], threshold, above)
 
-    def _candidate(self, process: Process, space: Space, values: Tensor) -> Tensor:
-        """The next direction [1,d], given what is believed of the values [n] at the process's points."""
+    def _candidate(self, process: Process, space: Space) -> Tensor:
+        """The next direction [1,d], a fresh one: where the acquisition function of what the process believes is highest."""
         from .gaussian_process import acquisition, maximise
 
         if not len(process):
             return space.design(1)
         if len(process) >= WINDOW:
             process.forget(FORGOTTEN)
-            values = values[FORGOTTEN:]
+        values = process.means
         best = int(values.argmax())
         function = acquisition(self.acquisition, process, float(values[best]), self.beta)
         with torch.enable_grad():
-            return maximise(function, space.starts(process.points[best]), space.admit)[None]
+            return maximise(function, space.starts(process.points[best]), space.asked, space.admit)[None]
 
 
 class Space:
     """The directions that may be asked, and the rows that belong to them. Directions are float64 [n,dim] on the host.
+
+    Attributes:
+        asked: the directions of the last rows, refused ones too, [at most WINDOW,dim].
 
     Args:
         task: the image, its norm and its random stream.
@@ -218,14 +241,12 @@ class Space:
     """
 
     def __init__(self, task: Task, attack: BayesSubspace) -> None:
-        channels, height, width = task.image.shape
-        name: DecoderName = attack.decoder or ("nni" if task.norm == "linf" else "dct")
         self._task, self._signs = task, attack.signs
-        size = attack.size or max(round(math.sqrt(DIMENSIONS / channels)), 1)
-        self._decode = decoder(name, (channels, height, width), size)
+        self._decode = attack.subspace(task)
         self.dim = self._decode.dim
+        self.asked = torch.empty(0, self.dim, dtype=torch.float64)
         # Cells that are moved up or down whatever their size: only corners of the cube differ from each other.
-        self._corners = task.norm == "linf" and attack.signs and name == "nni"
+        self._corners = task.norm == "linf" and attack.signs and attack.decoder in (None, "nni")
         self._sobol: torch.quasirandom.SobolEngine | None = None
         if attack.acquisition == "sobol":
             device = task.generator.device
@@ -244,12 +265,16 @@ class Space:
     def starts(self, best: Tensor) -> Tensor:
         """Directions from which to climb: anywhere, around the best one [dim], and the best one itself."""
         normals = F.normalize(self._draw(torch.randn, GLOBAL + LOCAL * len(SPREADS)), dim=1)
-        spreads = normals.new_tensor(SPREADS).repeat_interleave(LOCAL)[:, None]
+        spreads = normals.new_tensor(CORNERS if self._corners else SPREADS).repeat_interleave(LOCAL)[:, None]
         return self.admit(torch.cat([normals[:GLOBAL], best + spreads * normals[GLOBAL:], best[None]]))
 
     def rows(self, points: Tensor, radius: float) -> Tensor:
-        """The image moved along directions by a radius, clipped to the box: float32 [n,C,H,W] on the image's device."""
+        """The image moved along directions by a radius, clipped to the box: float32 [n,C,H,W] on the image's device.
+
+        The directions count as asked from then on.
+        """
         task = self._task
+        self.asked = torch.cat([self.asked, points])[-WINDOW:]
         deltas = self._decode(points.to(torch.float32).to(task.image.device))
         if task.norm == "linf":
             rms = deltas.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
@@ -261,23 +286,6 @@ class Space:
         generator = self._task.generator
         drawn = distribution(n, self.dim, generator=generator, device=generator.device)
         return drawn.cpu().double()
-
-
-def margins(task: Task, answer: Answer) -> Tensor:
-    """How far each row is from the goal, float64 [n] on the host; positive where it is reached.
-
-    The logarithm of probabilities (or logits) of the best wanted class less that of the best other one. Probabilities that
-    underflow or are hidden count as the least positive float32, so that margins are finite.
-    """
-    assert answer.scores is not None
-    scores = answer.scores.cpu().double()
-    if bool((scores >= 0).all() and (scores.sum(dim=1) < 1 + 1e-3).all()):
-        scores = scores.clamp_min(torch.finfo(torch.float32).tiny).log()
-    centre = task.label if task.target is None else task.target
-    others = scores.clone()
-    others[:, centre] = -math.inf
-    away = others.amax(dim=1) - scores[:, centre]
-    return away if task.target is None else -away
 
 
 def _sign(values: Tensor) -> Tensor:

@@ -22,7 +22,10 @@ Deviations from the paper's algorithm:
 - All queries are clipped to the box. Box and source are convex: clipping never increases the distance.
 - Noise and tolerance shrink with R instead of being fixed (sigma = 2e-4, tolerance = 1e-4 for ImageNet normalised by mean
   and standard deviation), and noise has the same length in every subspace (the paper's shrinks with its factor).
+- Where answers are stochastic, every iteration first asks x_b again and steps outward while it fails (`moves.hold`).
 - A one-sided estimate (all rows on one side of the boundary) is repeated up to twice at doubled or halved noise.
+
+The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again; the arc is not random.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from torch.nn import functional as F
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, Attack, Norm, Query, Search, Task
 
-from .moves import bisect_arc, bisect_line, estimate_normal, find_start
+from .moves import bisect_arc, bisect_line, estimate_normal, find_start, hold, radius_knob
 from .subspaces import Subspace, sampler
 
 NOISE_LENGTH = 0.05
@@ -67,6 +70,7 @@ class CGBA(Attack):
 
     name: ClassVar[str] = "cgba"
     norms: ClassVar[tuple[Norm, ...]] = ("l2",)
+    knobs: ClassVar[tuple[str, ...]] = ("radius",)
 
     n0: int = 30
     sigma: float | None = None
@@ -91,6 +95,7 @@ class CGBA(Attack):
         channels, height, width = task.image.shape
         subspace: Subspace = self.subspace or ("full" if min(height, width) < LARGE else "dct")
         sample = sampler(subspace, (channels, height, width), self.factor, task.generator)
+        knob = radius_knob(task.image)
 
         point = yield from find_start(task)
         if point is None:
@@ -99,6 +104,7 @@ class CGBA(Attack):
         point = yield from bisect_line(task, point, self._scales(task, radius)[1])
         kept = torch.zeros_like(point)
         for i in count():
+            point = yield from hold(task, point)
             radius = float(torch.dist(point, task.image))
             if radius == 0:
                 return
@@ -106,7 +112,7 @@ class CGBA(Attack):
             search_cost = math.ceil(math.log2(math.pi / 2 * radius / tolerance))
             rows = max(min(int(self.n0 * math.sqrt(i + 1)), task.remaining - search_cost), 1)
             for _ in range(3):
-                estimate, share = yield from estimate_normal(task, point, sigma, rows, sample)
+                estimate, share = yield from estimate_normal(task, point, sigma, rows, sample, knob)
                 if share not in (0, 1):
                     break
                 sigma *= 2 if share else 0.5

@@ -37,6 +37,8 @@ with warnings.catch_warnings():
 
 JITTER = 1e-9
 """Least conditional variance, as a share of the prior variance."""
+SAME = 1e-6
+"""Directions whose cosine is less than this from 1 count as one."""
 LENGTHSCALES = torch.logspace(-0.5, 1, 10, dtype=torch.float64)
 NOISE_RATIOS = torch.logspace(-6, 0, 7, dtype=torch.float64)
 """The grid of `Process.fit`: lengthscales, and variances of the noise over the prior variance."""
@@ -118,6 +120,11 @@ class Process(Model):
         shift = sign * variance / spread * ratio
         self.tell(point, mean + shift / shrink, variance * (1 - shrink) / shrink)
 
+    @property
+    def means(self) -> Tensor:
+        """Posterior means [n] of the values at the points observed. O(n)."""
+        return self.values - self._noises * self._weights[:, 0]
+
     def moments(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior means and variances [m] of the values at points float64 [m,d]. O(m n (n + d))."""
         cross = self.kernel(points, self.points)
@@ -194,31 +201,43 @@ def acquisition(name: str, process: Process, best: float, beta: float) -> Analyt
 def maximise(
     function: AnalyticAcquisitionFunction,
     starts: Tensor,
+    asked: Tensor,
     admit: Callable[[Tensor], Tensor],
-    rounds: int = 2,
+    rounds: int = 1,
     kept: int = 2,
-    steps: tuple[float, ...] = (0.1, 0.4, 1.5),
+    steps: tuple[float, ...] = (0.1, 0.4, 0.7, 1.5),
 ) -> Tensor:
-    """A direction [d] at which an acquisition function is high: the best start, carried uphill by a few steps.
+    """A fresh direction [d] at which an acquisition function is high: the best start, carried uphill by a few steps.
 
-    From each of the `kept` best starts, every round tries steps of several lengths along the tangential gradient at once
-    and keeps what is better than before.
+    From the `kept` best fresh starts and from the best of those that were asked, every round tries steps of several lengths
+    along the tangential gradient at once and keeps what is fresh and better than before. What was asked is climbed from but
+    never returned, unless every start was asked: a mean is highest where a high value was seen, and would be asked for ever.
 
     Args:
         starts: directions of length 1, float64 [m,d].
+        asked: directions of length 1 that are not to be asked again, float64 [k,d].
         admit: from any vectors [...,d] to the nearest admissible directions.
     """
     with torch.no_grad():
-        values, index = function(starts[:, None]).topk(min(kept, len(starts)))
-    best, lengths = starts[index], starts.new_tensor(steps)[:, None]
+        values, known = function(starts[:, None]), _among(starts, asked)
+    fresh, stale = values.masked_fill(known, -math.inf), values.masked_fill(~known, -math.inf)
+    index = torch.cat([fresh.topk(min(kept, len(starts))).indices, stale.argmax(dim=0, keepdim=True)])
+    best, values, lengths = starts[index], fresh[index], starts.new_tensor(steps)[:, None]
     for _ in range(rounds):
         points = best.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(function(points[:, None]).sum(), points)
         tangent = F.normalize(gradient - (gradient * best).sum(1, keepdim=True) * best, dim=1)
         trials = admit(best[:, None] + lengths * tangent[:, None])
+        flat = trials.flatten(0, 1)
         with torch.no_grad():
-            found, which = function(trials.flatten(0, 1)[:, None]).view(len(best), -1).max(1)
+            found = function(flat[:, None]).masked_fill_(_among(flat, asked), -math.inf)
+        found, which = found.view(len(best), -1).max(1)
         better = found > values
         best = torch.where(better[:, None], trials[torch.arange(len(best)), which], best)
         values = torch.where(better, found, values)
     return best[values.argmax()]
+
+
+def _among(points: Tensor, asked: Tensor) -> Tensor:
+    """Which of the directions [m,d] are among [k,d], bool [m]."""
+    return (points @ asked.mT > 1 - SAME).any(1)

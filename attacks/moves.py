@@ -1,20 +1,21 @@
 """Moves that several attacks share, as sub-generators: `point = yield from bisect_line(task, ...)`.
 
 Images travel as one row [1,C,H,W]. A row that was not answered (rejected, banned) carries no information: a line search
-stops at the best point that it had, an estimate leaves the row out. No move is longer than its docstring says, whatever
-the black box answers, and no query holds more than `ROW_BYTES` of rows.
+stops at the best point that it had, an estimate leaves the row out. Random rows can be drawn again (`Query.redraw`). No move
+is longer than its docstring says, whatever the black box answers, and no query holds more than `ROW_BYTES` of rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from robustbox.protocol import ANSWERED, Answer, Query, Task
+from robustbox.protocol import ANSWERED, Answer, Kind, Knob, Query, Task
 
 from .subspaces import Sampler, sampler
 
@@ -23,6 +24,33 @@ ROW_BYTES = 64 * 2**20
 HELD_BYTES = 2**20
 """Memory of the noise that a search keeps while it waits: 85 rows of 3 x 32 x 32."""
 MAX_HALVINGS = 50
+OUTWARD = 5
+"""Doublings of the steps by which `hold` goes outward, from 1/32 of the way to the end."""
+
+
+@dataclass(slots=True, eq=False)
+class Drawn:
+    """Rows of a query that can be drawn again one by one, if they are random; `rows` are those that were asked last.
+
+    Args:
+        rows: [n,C,H,W].
+        draw: draws the row of a position [1,C,H,W]; None where rows are not random.
+    """
+
+    rows: Tensor
+    draw: Callable[[int], Tensor] | None = None
+
+    def query(self, kind: Kind, knobs: tuple[Knob, ...] = ()) -> Query:
+        """The request for these rows."""
+        return Query(self.rows, kind, self.redraw if self.draw else None, knobs)
+
+    def redraw(self, positions: list[int]) -> Tensor:
+        """Fresh rows [k,C,H,W] for these positions (`Query.redraw`)."""
+        assert self.draw is not None
+        fresh = torch.cat([self.draw(position) for position in positions])
+        self.rows = self.rows.clone()  # the rows that were sent stay as they are
+        self.rows[positions] = fresh
+        return fresh
 
 
 def find_start(task: Task, patterns: int = 4, rivals: int = 10) -> Generator[Query, Answer, Tensor | None]:
@@ -40,35 +68,44 @@ def find_start(task: Task, patterns: int = 4, rivals: int = 10) -> Generator[Que
 
     Cost: at most 3 (patterns + 2) + rivals + 19 rows for the stages, and 4 rows for each success of one stage.
     """
-    for rows in _starts(task, patterns, rivals):
-        answer = yield Query(rows, "init")
-        reached = task.reached(answer)
+    for stage in _starts(task, patterns, rivals):
+        reached = task.reached((yield stage.query("init")))
         if reached.any():
-            return (yield from _shortest(task, rows[reached.to(rows.device)]))
+            return (yield from _shortest(task, stage.rows[reached.to(stage.rows.device)]))
     return None
 
 
-def _starts(task: Task, patterns: int, rivals: int) -> Iterator[Tensor]:
-    """The stages of `find_start`, each [n,C,H,W]."""
+def _starts(task: Task, patterns: int, rivals: int) -> Iterator[Drawn]:
+    """The stages of `find_start`."""
     image = task.image
     channels, height, width = image.shape
     noise = partial(sampler, shape=(channels, height, width), generator=task.generator)
+
+    def along(amplitude: float, rays: Tensor) -> Tensor:
+        return torch.add(image, rays, alpha=amplitude).clamp_(0, 1)
+
+    def one_along(amplitude: float, kinds: list[Sampler], position: int) -> Tensor:
+        return along(amplitude, kinds[position](1))
+
     if task.target is not None:
         yield from _pool(task, rivals)
     else:
         side = min(height, width)
         fine, coarse, white = noise("tiles", factor=side / 2), noise("grid", factor=side / 8), noise("full", factor=1)
+        kinds = [fine] * patterns + [coarse, white]
         rays = torch.cat([fine(patterns), coarse(1), white(1)])
         for amplitude in (1 / 16, 1 / 4, 1.0):
-            yield torch.add(image, rays, alpha=amplitude).clamp_(0, 1)
-    yield torch.tensor([0.0, 1.0, 0.5], device=image.device).view(3, 1, 1, 1).repeat(1, channels, height, width)
+            yield Drawn(along(amplitude, rays), partial(one_along, amplitude, kinds))
+    flat = torch.tensor([0.0, 1.0, 0.5], device=image.device).view(3, 1, 1, 1)
+    yield Drawn(flat.repeat(1, channels, height, width))
     if task.target is None:
         yield from _pool(task, rivals)
+    white = noise("full", factor=1)
     for amplitude in (1 / 8, 1 / 2, 2.0, 8.0):
-        yield torch.add(image, noise("full", factor=1)(4), alpha=amplitude).clamp_(0, 1)
+        yield Drawn(along(amplitude, white(4)), partial(one_along, amplitude, [white] * 4))
 
 
-def _pool(task: Task, count: int) -> Iterator[Tensor]:
+def _pool(task: Task, count: int) -> Iterator[Drawn]:
     """One stage: the pool's images of the target class (untargeted: of other classes) that are nearest to the image, l2."""
     if task.pool is None:
         return
@@ -78,7 +115,7 @@ def _pool(task: Task, count: int) -> Iterator[Tensor]:
         # One image at a time: a pool may be large and is not copied.
         distance = torch.stack([torch.dist(images[i].to(task.image.device), task.image) for i in chosen.tolist()])
         nearest = chosen[distance.argsort()[:count].to(chosen.device)]
-        yield images[nearest.to(images.device)].to(task.image.device)
+        yield Drawn(images[nearest.to(images.device)].to(task.image.device))
 
 
 def _shortest(task: Task, ends: Tensor, halvings: int = 4) -> Generator[Query, Answer, Tensor]:
@@ -154,8 +191,53 @@ def bisect_line(task: Task, end: Tensor, tolerance: float) -> Generator[Query, A
     return line(share) if share < 1 else end
 
 
+def hold(task: Task, point: Tensor, end: Tensor | None = None) -> Generator[Query, Answer, Tensor]:
+    """Ask again the point that a search stands on; while it fails, step from it to the end. For stochastic black boxes.
+
+    One answer is no proof there, and a search that stands on a lucky one gets no further.
+
+    Args:
+        point: found to reach the goal once, [1,C,H,W].
+        end: a point further out that did too, [1,C,H,W]; default: on the ray from the image, twice as far, clipped.
+
+    Returns:
+        The first that reached the goal, or was not answered, of point + t (end - point), t = 0, 1/32, 1/16, ..., 1; the end
+        when none did.
+
+    Cost: 1 to 2 + `OUTWARD` rows; none where the same row is always answered alike.
+    """
+    if not task.stochastic:
+        return point
+    end = (2 * point - task.image).clamp_(0, 1) if end is None else end
+    for t in (0.0, *(2.0 ** (k - OUTWARD) for k in range(OUTWARD + 1))):
+        row = torch.lerp(point, end, t).clamp_(0, 1)
+        answer = yield Query(row, "line")
+        if answer.status.any() or task.reached_any(answer):
+            return row
+    return end
+
+
+def radius_knob(image: Tensor) -> Knob:
+    """The knob `radius` of `estimate_normal`, to be made once a search: the l2 length of a row's noise, before clipping.
+
+    Its range is 0.001 to 1/8 a pixel, sqrt(d) times that in length: made for a logarithmic search. Each estimate sets its
+    `draw`; until the first one it proposes the image itself.
+
+    Args:
+        image: [C,H,W].
+    """
+    length = math.sqrt(image.numel())
+    return Knob("radius", 1e-3 * length, length / 8, lambda value, n: image.expand(n, *image.shape))
+
+
 def estimate_normal(
-    task: Task, point: Tensor, sigma: float, count: int, sample: Sampler
+    task: Task,
+    point: Tensor,
+    sigma: float,
+    count: int,
+    sample: Sampler,
+    knob: Knob | None = None,
+    centred: bool = False,
 ) -> Generator[Query, Answer, tuple[Tensor, float]]:
     """Estimate the direction into the adversarial side at a boundary point, from labels alone.
 
@@ -167,6 +249,9 @@ def estimate_normal(
         point: on or near the boundary, [1,C,H,W].
         sigma: noise scale, standard deviation of a pixel.
         sample: draws the u_j from `task.generator`.
+        knob: that of `radius_knob`, for wrappers that adapt the noise: its value, where it is set, is sigma sqrt(d).
+        centred: subtract the mean of the s_j from each of them (eq. 16), which lowers the variance where their share is not
+            1/2; a one-sided estimate stays as it is.
 
     Returns:
         The sum over answered rows [1,C,H,W], and the share of them with s_j = +1 (NaN when none was answered). A share of 0
@@ -174,22 +259,70 @@ def estimate_normal(
 
     Cost: `count` rows, in queries of at most `ROW_BYTES`.
     """
-    total, positive, answered = torch.zeros_like(point), 0, 0
+    total, drift, positive, answered = torch.zeros_like(point), torch.zeros_like(point), 0, 0
     chunk = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
     for start in range(0, count, chunk):
-        size = min(chunk, count - start)
-        # Many searches wait side by side: large noise is not held until the answer is there, but then drawn again.
-        if size * point.numel() * point.element_size() <= HELD_BYTES:
-            noise = sample(size)
-            answer = yield Query(torch.add(point, noise, alpha=sigma).clamp_(0, 1))
-        else:
-            state = task.generator.get_state()
-            answer = yield Query(torch.add(point, sample(size), alpha=sigma).clamp_(0, 1))
-            task.generator.set_state(state)
-            noise = sample(size)
+        probes = _Probes(task, point, sigma, sample, knob, min(chunk, count - start))
+        answer = yield Query(probes.draw(), redraw=probes.redraw, knobs=(knob,) if knob else ())
+        noise = probes.noise().flatten(1)
         reached, known = task.reached(answer), answer.status == ANSWERED
         signs = (2 * reached.float() - known.float()).to(point.device)
-        total += (signs @ noise.flatten(1)).view_as(total)
+        total += (signs @ noise).view_as(total)
+        if centred:
+            drift += (known.float().to(point.device) @ noise).view_as(drift)
         positive, answered = positive + int(reached.sum()), answered + int(known.sum())
-        del noise
-    return total, positive / answered if answered else math.nan
+        del probes, noise
+    share = positive / answered if answered else math.nan
+    if centred and 0 < positive < answered:
+        total.sub_(drift, alpha=2 * share - 1)
+    return total, share
+
+
+class _Probes:
+    """The rows of one query of `estimate_normal` and their noise u [size,C,H,W].
+
+    Many searches wait side by side: large noise is not held until the answer is there, but drawn again from the state of the
+    stream in which it was drawn; held it is once some of it was redrawn.
+    """
+
+    def __init__(self, task: Task, point: Tensor, sigma: float, sample: Sampler, knob: Knob | None, size: int) -> None:
+        self._task, self._point, self._sigma, self._sample, self._knob = task, point, sigma, sample, knob
+        self._size = size
+        self._noise: Tensor | None = None
+        self._state: Tensor | None = None
+        if knob is not None:
+            knob.draw = lambda radius, n: self._rows(sample(n), radius / math.sqrt(point.numel()))
+
+    def draw(self) -> Tensor:
+        """All rows, for the first time."""
+        held = self._size * self._point.numel() * self._point.element_size() <= HELD_BYTES
+        self._state = None if held else self._task.generator.get_state()
+        noise = self._sample(self._size)
+        self._noise = noise if held else None
+        return self._rows(noise, self._scale())
+
+    def redraw(self, positions: list[int]) -> Tensor:
+        """Fresh rows for these positions, at the scale that is now in force (`Query.redraw`)."""
+        self._noise = self.noise()
+        fresh = self._sample(len(positions))
+        self._noise[positions] = fresh
+        return self._rows(fresh, self._scale())
+
+    def noise(self) -> Tensor:
+        """The noise of the rows that were asked last."""
+        if self._noise is not None:
+            return self._noise
+        assert self._state is not None  # drawn, and not held
+        now = self._task.generator.get_state()
+        self._task.generator.set_state(self._state)
+        noise = self._sample(self._size)
+        self._task.generator.set_state(now)
+        return noise
+
+    def _scale(self) -> float:
+        if self._knob is None or self._knob.value is None:
+            return self._sigma
+        return self._knob.value / math.sqrt(self._point.numel())
+
+    def _rows(self, noise: Tensor, sigma: float) -> Tensor:
+        return torch.add(self._point, noise, alpha=sigma).clamp_(0, 1)

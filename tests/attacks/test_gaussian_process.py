@@ -116,7 +116,7 @@ def test_equal_observations_neither_inform_the_fit_nor_make_a_nan(name: str) -> 
     torch.testing.assert_close(mean, torch.full_like(mean, -1), atol=1e-12, rtol=0)
     function = acquisition(name, process, -1.0, 1.0)
     assert function(starts[:, None]).isfinite().all()
-    assert maximise(function, starts, normalise).isfinite().all()
+    assert maximise(function, starts, process.points, normalise).isfinite().all()
     if name == "ei":  # the paper's objective: expected improvement is s / sqrt(2 pi), the answers' share is none
         expected = variance.sqrt() / math.sqrt(2 * math.pi)
         torch.testing.assert_close(function(starts[:, None]).exp(), expected, atol=1e-9, rtol=1e-6)
@@ -176,7 +176,7 @@ def test_thirty_points_of_expected_improvement_beat_thirty_at_random() -> None:
                 process.fit()
             starts = torch.cat([directions(60, dim, 1000 * seed + step), process.points])
             function = acquisition("ei", process, float(process.values.max()), 1.0)
-            point = maximise(function, starts, normalise)
+            point = maximise(function, starts, process.points, normalise)
             process.tell(point, value(point))
         wins += float(process.values.max()) > max(value(point) for point in blind)
     assert wins >= 18
@@ -186,11 +186,33 @@ def test_climbing_ends_at_the_maximum_and_admits_only_what_it_may() -> None:
     slope = torch.tensor([1.0, 2.0, 0.0, -1.0], dtype=torch.float64)
     process = told(directions(40, 4), directions(40, 4) @ slope, lengthscale=3.0)
     function = acquisition("pm", process, 0.0, 1.0)
-    found = maximise(function, directions(100, 4, seed=2), normalise, rounds=12)
+    found = maximise(function, directions(100, 4, seed=2), process.points, normalise, rounds=12)
     assert float(found @ normalise(slope)) > 0.99
 
     def corners(vectors: Tensor) -> Tensor:
         return F.normalize(torch.where(vectors < 0, -1.0, 1.0).double(), dim=-1)
 
-    found = maximise(function, corners(directions(4, 4, seed=3)), corners)
+    found = maximise(function, corners(directions(4, 4, seed=3)), process.points, corners)
     assert found.abs().tolist() == [0.5] * 4
+
+
+def test_the_means_at_the_points_observed_are_the_posterior_s() -> None:
+    points = directions(20, 6)
+    process = told(points, 2 + points[:, 0], noise=0.3, mean=1.5)
+    process.tell_side(points[3], 2.5, True)
+    torch.testing.assert_close(process.means, process.moments(process.points)[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ACQUISITIONS)
+def test_the_best_known_direction_is_climbed_from_but_never_returned(name: str) -> None:
+    points = directions(12, 5)
+    process = told(points, points[:, 0])
+    top = points[points[:, 0].argmax()]
+    function = acquisition(name, process, float(top[0]), 1.0)
+    starts = torch.cat([top[None], -directions(3, 5, seed=1).abs()])
+    found = maximise(function, starts, points, normalise)
+    assert float((points @ found).max()) < 1 - 1e-6
+    if name == "pm":
+        assert found[0] > top[0]  # from the known one: all other starts lie on the far side
+    again = maximise(function, points, points, lambda vectors: points[0].expand_as(vectors))
+    assert (points == again).all(1).any()  # nothing fresh is left

@@ -39,6 +39,13 @@ def test_the_margin_still_tells_rows_apart_where_the_probability_rounds_to_one()
     assert (near, far) == (pytest.approx(39, rel=1e-5), pytest.approx(35, rel=1e-5))
 
 
+@pytest.mark.parametrize(("target", "expected"), [(None, [-0.5, -2.0]), (2, [3.0, 60.0])])
+def test_cross_entropy_is_the_logarithm_and_targeted_never_flat(target: int | None, expected: list[float]) -> None:
+    of = task(torch.zeros(1, 2, 2), "l0", target=target)
+    logs = torch.tensor([[-0.5, -9.0, -3.0], [-2.0, -9.0, -60.0]])
+    assert losses(of, scored(logs.exp()), "cross-entropy").tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_hidden_classes_of_a_top_k_answer_are_unlikely_not_impossible() -> None:
     of = task(torch.zeros(1, 2, 2), "l0", label=0, target=2)
     values = losses(of, scored(torch.tensor([[0.7, 0.2, 0.0], [0.6, 0.0, 0.3]])), "margin")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from robustbox.attacks import moves
-from robustbox.attacks.moves import bisect_arc, bisect_line, estimate_normal, find_start
+from robustbox.attacks.moves import bisect_arc, bisect_line, estimate_normal, find_start, hold, radius_knob
 from robustbox.attacks.subspaces import sampler
-from robustbox.protocol import REJECTED, Answer
+from robustbox.protocol import REJECTED, Answer, Query
 from tests.attacks.analytic import Flat, drive, task
 
 SHAPES = [(3, 8, 8), (1, 28, 28), (1, 6, 14), (3, 1, 1)]
@@ -163,6 +163,142 @@ def test_noise_that_is_drawn_again_is_the_noise_that_was_sent(monkeypatch: pytes
         (total, _), (query,) = drive(estimate_normal(of, point, 0.001, 40, sample), of, flat)
         held.append((total, query.rows, torch.randn(3, generator=of.generator)))
     assert all(map(torch.equal, *held))
+
+
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_what_was_redrawn_is_what_the_estimate_sums(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Also where the noise was not held, and the stream was used between the query and its answer."""
+    monkeypatch.setattr(moves, "HELD_BYTES", limit)
+    flat = Flat((3, 8, 8), 0.2)
+    image = flat.images(1)[0]
+    point = (image + 0.2 * flat.normal)[None]
+    of = task(image)
+    knob = radius_knob(image)
+    search = estimate_normal(of, point, 0.001, 40, sampler("full", (3, 8, 8), 1, of.generator), knob)
+    query = next(search)
+    rows = query.rows.clone()
+    knob.draw(0.1, 5)
+    assert query.redraw is not None
+    for positions in ([3, 30], [30, 7]):
+        rows[positions] = query.redraw(positions)
+    assert (rows != query.rows).flatten(1).any(dim=1).nonzero().flatten().tolist() == [3, 7, 30]
+    with pytest.raises(StopIteration) as done:
+        search.send(Answer.of(flat(rows)))
+    total, share = done.value.value
+    signs = 2.0 * flat(rows) - 1
+    assert torch.allclose(total[0], torch.einsum("n,nchw->chw", signs, (rows - point) / 0.001), atol=0.02)
+    assert share == pytest.approx(float(flat(rows).float().mean()))
+
+
+def test_the_radius_knob_is_the_length_of_the_noise() -> None:
+    flat = Flat((3, 8, 8), 0.2)
+    of = task(flat.images(1)[0])
+    knob = radius_knob(of.image)
+    assert (knob.low, knob.high) == pytest.approx((1e-3 * math.sqrt(192), math.sqrt(192) / 8))
+    assert knob.draw(1.0, 3).shape == (3, 3, 8, 8)
+    point = (of.image + 0.2 * flat.normal)[None]
+    for factor, dims in ((1, 192), (4, 12)):
+        sample = sampler("dct", (3, 8, 8), factor, of.generator)
+        knob.value = 0.4
+        query = next(estimate_normal(of, point, 0.001, 300, sample, knob))
+        assert query.knobs == (knob,)
+        assert query.redraw is not None
+        for rows, length in ((query.rows, 0.4), (query.redraw([*range(300)]), 0.4), (knob.draw(0.1, 300), 0.1)):
+            noise = (rows - point).flatten(1)
+            assert noise.norm(dim=1).square().mean().sqrt() == pytest.approx(length, rel=0.08)
+            assert torch.linalg.matrix_rank(noise.double(), rtol=1e-3) == dims
+        knob.value = None
+        assert (query.redraw([0]) - point).norm() == pytest.approx(0.001 * math.sqrt(192), rel=0.4)
+
+
+def test_the_mean_of_the_answers_is_taken_off() -> None:
+    """A point off the boundary, most of whose noise succeeds: sum_j (s_j - mean) u_j, more nearly the normal."""
+    flat = Flat((3, 8, 8), 0.2)
+    point = (flat.images(1)[0] + 0.215 * flat.normal)[None]
+    cosines = []
+    for centred in (False, True):
+        of = task(flat.images(1)[0], seed=3)
+        sample = sampler("full", (3, 8, 8), 1, of.generator)
+        (total, share), (query,) = drive(estimate_normal(of, point, 0.01, 600, sample, centred=centred), of, flat)
+        signs = 2.0 * flat(query.rows) - 1 - (2 * share - 1 if centred else 0)
+        assert torch.allclose(total[0], torch.einsum("n,nchw->chw", signs, (query.rows - point) / 0.01), atol=0.02)
+        cosines.append(float((total[0] * flat.normal).sum() / total.norm()))
+    assert share > 0.9
+    assert cosines[1] > cosines[0] + 0.1
+
+
+def test_a_one_sided_estimate_is_left_as_it_is() -> None:
+    of = task(torch.full((1, 4, 4), 0.5))
+    sample = sampler("full", (1, 4, 4), 1, of.generator)
+    search = estimate_normal(of, of.image[None], 0.01, 9, sample, centred=True)
+    (total, share), (query,) = drive(search, of, lambda rows: torch.ones(len(rows)).long())
+    assert share == 1
+    assert torch.allclose(total, ((query.rows - of.image) / 0.01).sum(dim=0, keepdim=True), atol=1e-3)
+
+
+def held(answers: list[int | None], end: Tensor | None = None, stochastic: bool = True) -> tuple[Tensor, list[Query]]:
+    """`hold` at 0.1 from the image on one axis, told these answers: 1 reached, 0 not, None refused."""
+    of = task(torch.full((1, 2, 2), 0.5), stochastic=stochastic)
+    point = of.image[None].clone()
+    point[0, 0, 0, 0] += 0.1
+    given = iter(answers)
+
+    def answer(_: Tensor) -> Answer:
+        label = next(given)
+        return refuse(torch.tensor([label or 0]), torch.tensor([label is None]))
+
+    found, asked = drive(hold(of, point, end), of, answer)
+    assert found is not None
+    return found, asked
+
+
+def test_hold_asks_nothing_of_a_deterministic_box() -> None:
+    found, asked = held([], stochastic=False)
+    assert found[0, 0, 0, 0] == pytest.approx(0.6)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("answers", "where"),
+    [([1], 0.6), ([None], 0.6), ([0, 1], 0.603125), ([0, 0, 0, 1], 0.6125), ([0, None], 0.603125), ([0] * 7, 0.7)],
+)
+def test_hold_steps_outward_until_it_stands(answers: list[int | None], where: float) -> None:
+    found, asked = held(answers)
+    assert len(asked) == len(answers)
+    assert found.flatten().tolist() == pytest.approx([where, 0.5, 0.5, 0.5])
+    assert torch.equal(found, asked[-1].rows)
+
+
+def test_hold_goes_to_the_end_that_it_is_given() -> None:
+    end = torch.tensor([[[[0.6, 0.9], [0.5, 0.5]]]])
+    found, _ = held([0, 0, 1], end)
+    assert found.flatten().tolist() == pytest.approx([0.6, 0.525, 0.5, 0.5])
+    assert torch.equal(held([0] * 7, end)[0], end)
+
+
+def test_starts_can_be_drawn_again() -> None:
+    """Random ones only, each in its kind; and the search takes what was drawn last."""
+    of = task(torch.full((1, 16, 16), 0.5))
+    search = find_start(of)
+    query, randoms = next(search), []
+    while True:
+        randoms.append(query.redraw is not None)
+        if query.redraw is not None:
+            again = query.redraw([len(query.rows) - 1, 0])
+            assert again.shape == (2, 1, 16, 16)
+            for old, new in zip(query.rows[[-1, 0]], again, strict=True):
+                assert not torch.equal(old, new)
+                assert 0.3 < (new - 0.5).norm() / (old - 0.5).norm() < 3  # amplitudes differ by 4 or more
+            if sum(randoms) <= 3:
+                assert len(again[1].unique()) <= 4  # one 2 x 2 pattern
+        if len(randoms) == 8:
+            break
+        query = search.send(Answer.of(torch.zeros(len(query.rows)).long()))
+    assert randoms == [True] * 3 + [False] + [True] * 4
+    labels = torch.zeros(4).long()
+    labels[0] = 1
+    line = search.send(Answer.of(labels))
+    assert torch.nn.functional.cosine_similarity(line.rows.flatten() - 0.5, again[1].flatten() - 0.5, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,81 @@
+"""Rows inside the ball of the threat model, also once they are rounded to its grey levels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from robustbox.errors import InputError
+from robustbox.protocol import Task
+
+PASSES = 4
+"""Times that a rounded row is shortened by what it is too long; what is left over is rounded towards the image."""
+RESERVE = 0.995
+"""By how much more it is shortened, because rounding it again changes its length again."""
+SLACK = 1e-3
+"""In levels: keeps a whole number of levels whole that floating point stores a little short."""
+
+
+def check_visible(task: Task, size: float, what: str) -> None:
+    """Refuse a change that rounding to the grey levels of the threat model would hide.
+
+    Args:
+        size: of the change of a single value.
+        what: whose size it is, for the message.
+
+    Raises:
+        InputError: it is smaller than a level.
+    """
+    if task.levels and size * (task.levels - 1) < 1 - SLACK:
+        raise InputError(
+            f"{what} changes a value by {size:.2g}, which rounding to {task.levels} grey levels hides: "
+            f"changes must be at least {1 / (task.levels - 1):.2g}"
+        )
+
+
+def whole(task: Task, size: float) -> float:
+    """A size in whole grey levels, rounded down; as it is where rows are not rounded."""
+    if not task.levels:
+        return size
+    return math.floor(size * (task.levels - 1) + SLACK) / (task.levels - 1)
+
+
+def shorten(task: Task, deltas: Tensor) -> Tensor:
+    """Deltas [n,C,H,W] in the ball: cut off at epsilon (linf) or scaled (l2); as they are where there is no epsilon."""
+    if task.epsilon is None:
+        return deltas
+    if task.norm == "linf":
+        radius = whole(task, task.epsilon)
+        return deltas.clamp(-radius, radius)
+    return deltas * _shorter(deltas, task.epsilon)
+
+
+def fit(task: Task, deltas: Tensor) -> Tensor:
+    """Rows [n,C,H,W] in the box: the image moved by deltas [n,C,H,W], which are shortened where they leave the ball.
+
+    Where the threat model rounds rows and the ball is l2, they come rounded, and shorter by what rounding added.
+    """
+    image, epsilon = task.image, task.epsilon
+    deltas = shorten(task, deltas)
+    rows = (image + deltas).clamp_(0, 1)
+    if not task.levels or epsilon is None or task.norm != "l2":
+        return rows
+    steps = task.levels - 1
+    for _ in range(PASSES):
+        rounded = (rows * steps).round_().div_(steps)
+        shorter = _shorter(rounded - image, epsilon)
+        if bool((shorter == 1).all()):
+            return rounded
+        deltas = deltas * torch.where(shorter < 1, shorter * RESERVE, shorter)
+        rows = (image + deltas).clamp_(0, 1)
+    inwards = (deltas.abs() * steps + SLACK).floor_().div_(steps) * deltas.sign()
+    return torch.where(shorter < 1, (image + inwards).clamp_(0, 1), rounded)
+
+
+def _shorter(deltas: Tensor, epsilon: float) -> Tensor:
+    """By how much each delta must be scaled to lie in the l2 ball, at most 1: [n,1,1,1]."""
+    lengths = torch.linalg.vector_norm(deltas, dim=(1, 2, 3), keepdim=True)
+    share: Tensor = epsilon / lengths.clamp_min(epsilon)
+    return share

@@ -1,0 +1,279 @@
+"""OARS around any attack (Feng, Hooda, Mangaokar, Fawaz, Jha, Prakash: Stateful Defenses for Machine Learning Models Are Not
+Yet Secure Against Black-box Attacks, CCS 2023): the refusals of a stateful gate are an oracle that tells how to evade it.
+
+A gate refuses a row that is too similar to an earlier one. In two stages, for every attack whose queries say how they were
+drawn (`Query.knobs`, `Query.redraw`):
+
+    adapt     find the least scale of the attack's proposals at which the gate refuses at most a share of them
+    resample  draw a refused row again from the same distribution, up to `rounds` times; after a refused step go further
+
+parity="wide" (default) differs from the paper's code in this:
+
+- It adapts in flight. The attack's own scale comes first, and as long as that passes nothing is changed and nothing spent. Once
+  it is refused, the rows that the attack asks anyway are drawn at the values of a bisection on a logarithmic scale, between
+  the ends of the knob's range, where the paper's lower bounds already are the answer. A trial ends at the first decisive count.
+- A knob is adapted again, upwards, when refusals become frequent. Where accounts are banned, every refusal counts, trials lean
+  to the safe side, and few rows are asked at a time.
+- Rows that cannot be drawn again (line searches, most steps) are guarded (`spacing.py`): moved by a little noise where they
+  would come too near to earlier ones, or not asked at all. So attacks without knobs pass, too.
+- With `scout` the search for a value has rows and an account of its own: on decoys, images of the pool, so that the
+  neighbourhood of the attacked image stays empty of them.
+
+parity="reference" is the paper's: linear bisection in the bounds of its CIFAR-10 settings, or ImageNet's from 64 pixels a side
+on, around the image itself, all samples of each trial, once; no guard. An attack or knob without bounds there is not adapted:
+the paper's Boundary attack adapts within itself.
+
+Query cost: that of the attack, and what is refused; a search in flight has about 2 refusals a bad trial, of 6 to 8 trials in
+all. Searches apart (`scout`, reference) cost at most `trial` rows a trial, and its decoy. Rows asked while a knob is in search
+stand on the ledger `calibrate`. The attack is ended when `patience` rows in a row were refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustbox.errors import InputError
+from robustbox.protocol import ANSWERED, BANNED, Answer, Kind, Knob, Query, Search, Task
+
+from .calibration import Bounds, Dial
+from .spacing import Guard, Keeper
+from .wrapper import Collected, Wrapper, wrapped
+
+LARGE = 64
+"""Images of at least this side have the reference's ImageNet bounds."""
+REFERENCE: dict[tuple[str, str], tuple[Bounds, Bounds]] = {
+    (attack, knob): (Bounds(*small, log=False, early=False), Bounds(*large, log=False, early=False))
+    for (attack, knob), (small, large) in {
+        ("nes", "sigma"): ((0.05, 0.5, 0.0, 20, 10), (0.01, 0.5, 0.05, 20, 10)),
+        ("nes", "step"): ((0.1, 0.1, 0.005, 20, 10), (5e-5, 0.1, 0.13, 20, 10)),
+        ("square", "squares"): ((10, 100, 0.0, 5, 10), (50, 100, 0.0, 5, 3)),
+        ("square", "side"): ((1, 32, 0.5, 10, 10), (1, 100, 0.5, 10, 10)),
+        ("hop-skip-jump", "radius"): ((1, 2, 0.05, 20, 10), (1.5, 5, 0.05, 20, 10)),
+        ("qeba", "radius"): ((1, 2, 0.05, 20, 10), (1, 5, 0.05, 20, 10)),
+        ("surfree", "angle"): ((5, 80, 0.05, 20, 5), (5, 50, 0.05, 20, 5)),
+    }.items()
+}
+"""The authors' settings for CIFAR-10 and ImageNet: low, high, tolerated share, samples, steps. Their 100 degrees pass 90, where
+the point is the image itself: 80 here."""
+REFERENCE_ROUNDS = {"nes": 5, "square": 300, "surfree": 100}
+MOVES = 3
+"""Times that a refused row which cannot be drawn again is moved and asked again."""
+Unit = tuple[int, ...]
+"""Positions of rows that are of use only together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OARS(Wrapper):
+    """OARS: adapt an attack's scales by a gate's refusals, draw refused rows again, keep others apart.
+
+    Args:
+        parity: wide (search each knob's whole range, in flight, when its own scale is refused), or reference (the paper's).
+        tolerated: share of refused rows at which a scale is kept.
+        trial: rows by which a scale is judged.
+        chunk: rows asked at a time while a scale is in doubt.
+        rounds: times that a refused row is drawn again, and a row that cannot be is moved.
+        patience: refused rows in a row after which the search ends.
+        guard: what becomes of rows that cannot be drawn again and come too near to earlier ones: jitter (moved by noise), skip
+            (not asked; the attack is told that they were refused), or off.
+        scout: search for scales on an account and on images of its own, apart from the attack.
+    """
+
+    parity: Literal["wide", "reference"] = "wide"
+    tolerated: float = 0.05
+    trial: int = 20
+    chunk: int = 4
+    rounds: int = 20
+    patience: int = 300
+    guard: Guard = "jitter"
+    scout: bool = False
+
+    def __post_init__(self) -> None:
+        if self.parity not in ("wide", "reference"):
+            raise InputError(f"parity must be wide or reference, got {self.parity}")
+        if self.guard not in ("jitter", "skip", "off"):
+            raise InputError(f"guard must be jitter, skip or off, got {self.guard}")
+        if not 0 <= self.tolerated < 1:
+            raise InputError(f"tolerated must be at least 0 and less than 1, got {self.tolerated}")
+        for name, least in (("trial", 1), ("chunk", 1), ("rounds", 0), ("patience", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        super().__post_init__()
+
+    def search(self, task: Task) -> Search:
+        return _Passage(self, task).run(self.inner().search(task))
+
+
+@cache
+def load(name: str) -> type[OARS]:
+    """OARS around any attack, by its name: `oars:hop-skip-jump` adapts it to a gate that refuses similar queries."""
+    return wrapped(OARS, "oars", name)
+
+
+class _Passage:
+    """One search on its way through a gate."""
+
+    def __init__(self, settings: OARS, task: Task) -> None:
+        self._settings, self._task, self._attack = settings, task, settings.wraps.name
+        self._reference = settings.parity == "reference"
+        self._moves = MOVES if settings.guard == "jitter" and not self._reference else 0
+        self._rounds = REFERENCE_ROUNDS.get(self._attack, settings.rounds) if self._reference else settings.rounds
+        self._keeper = Keeper(task, "off" if self._reference else settings.guard)
+        self._dials: dict[Knob, Dial] = {}
+        self._epoch = 0  # changes whenever a knob does
+        self._learnt = -1  # the epoch in which the spacing was last learnt
+        self._in_a_row = 0  # rows that were refused, one after the other
+        self._careful = False  # bans were seen
+        self._closed = self._scout_open = False  # the account in use was banned; there is one beside it
+        self._generator = torch.Generator(task.image.device).manual_seed(task.generator.initial_seed() ^ 2)
+        self._last: Answer | None = None
+
+    def run(self, inner: Search) -> Search:
+        """Ask what the attack asks, until it ends or nothing passes any more."""
+        answer: Answer | None = None
+        with closing(inner):
+            while self._in_a_row < self._settings.patience:
+                try:
+                    query = next(inner) if answer is None else inner.send(answer)
+                except StopIteration:
+                    return
+                answer = yield from self._pass(query)
+
+    def _pass(self, query: Query) -> Generator[Query, Answer, Answer]:
+        """One query of the attack, in as many as it takes."""
+        rows, drawn = query.rows.clone(), torch.full((len(query.rows),), self._epoch)
+        dials = [self._dial(knob) for knob in query.knobs]
+        collected = Collected(len(rows), self._last)
+        waiting, tries = deque(_units(query)), Counter[Unit]()
+        while waiting and self._in_a_row < self._settings.patience:
+            dial = next((dial for dial in dials if not dial.useless), None)
+            if dial is not None and dial.search is not None and (self._settings.scout or self._reference):
+                yield from self._calibrate(dial)
+            units = self._portion(waiting, dial)
+            positions = [position for unit in units for position in unit]
+            if query.redraw is not None:
+                stale = [position for position in positions if drawn[position] != self._epoch]
+                if stale:
+                    rows[stale], drawn[stale] = query.redraw(stale), self._epoch
+            else:
+                rows[positions], kept = self._keeper.place(rows[positions])
+                self._in_a_row += len(positions) - len(kept)  # not asked, but as good as refused
+                positions = [positions[k] for k in kept]
+                units = [unit for unit in units if unit[0] in positions]
+            if positions:
+                kind: Kind = "calibrate" if dial is not None and dial.search is not None else query.kind
+                answer = yield Query(rows[positions], kind, account=query.account)
+                collected.put(positions, answer)
+                self._learn(rows[positions], answer, dial, random=query.redraw is not None)
+                bad = {p for p, status in zip(positions, answer.status.tolist(), strict=True) if status != ANSWERED}
+                for unit in units:
+                    if not bad.isdisjoint(unit) and tries[unit] < self._limit(query):
+                        tries[unit] += 1
+                        drawn[list(unit)] = -1
+                        waiting.append(unit)
+        self._last = collected.answer()
+        if query.kind == "step" and self._last.status.all():  # none was answered
+            for dial in dials:
+                dial.grow()
+            self._epoch += 1
+        return self._last
+
+    def _limit(self, query: Query) -> int:
+        """How often a row is asked again when it is refused."""
+        return self._rounds if query.redraw is not None else self._moves
+
+    def _portion(self, waiting: deque[Unit], dial: Dial | None) -> list[Unit]:
+        """The units to ask next: few rows while a refusal is likely, or dear."""
+        if not self._careful and (dial is None or dial.tried):
+            units = list(waiting)
+            waiting.clear()
+            return units
+        units = [waiting.popleft()]
+        while waiting and sum(map(len, units)) < self._settings.chunk:
+            units.append(waiting.popleft())
+        return units
+
+    def _learn(self, rows: Tensor, answer: Answer, dial: Dial | None, random: bool) -> None:
+        """What the statuses of rows tell of the gate."""
+        answered = answer.status == ANSWERED
+        refused = len(rows) - int(answered.sum())
+        self._closed = bool((answer.status == BANNED).any())
+        self._careful |= self._closed
+        self._in_a_row = 0 if refused < len(rows) else self._in_a_row + refused
+        fresh = random and dial is not None and dial.settled and self._learnt != self._epoch
+        self._keeper.note(rows, answered, "settled" if fresh else "drawn" if random else "placed")
+        self._learnt = self._epoch if fresh else self._learnt
+        if dial is not None and not self._reference and dial.observe(refused, len(rows), self._careful):
+            self._epoch += 1
+
+    def _dial(self, knob: Knob) -> Dial:
+        if knob not in self._dials:
+            bounds = Bounds(knob.low, knob.high, self._settings.tolerated, self._settings.trial)
+            self._dials[knob] = dial = Dial(knob, bounds)
+            if self._reference:
+                large = min(self._task.image.shape[1:]) >= LARGE
+                known = REFERENCE.get((self._attack, knob.name))
+                self._dials[knob] = dial = Dial(knob, known[large] if known else bounds)
+                if known:
+                    dial.begin()
+                else:
+                    dial.useless = True
+        return self._dials[knob]
+
+    def _calibrate(self, dial: Dial) -> Generator[Query, Answer, None]:
+        """Search for a knob's value with rows of its own: around decoys, or, as the reference, around the image."""
+        size = dial.bounds.samples if self._reference else self._settings.chunk
+        while dial.search is not None:
+            value, centre = dial.search.value, self._task.image[None] if self._reference else self._decoy()
+            if centre is not None and not self._reference:
+                yield from self._scout(centre)  # as the gate knows the place where the attack stands
+            while dial.search is not None and dial.search.value == value:
+                rows = dial.knob.draw(value, size)
+                if centre is not None:  # the same proposals, around another image
+                    rows = (centre + rows - self._place(dial.knob)).clamp_(0, 1)
+                answer = yield from self._scout(rows)
+                dial.observe(int((answer.status != ANSWERED).sum()), len(rows), self._careful)
+        self._epoch += 1
+
+    def _scout(self, rows: Tensor) -> Generator[Query, Answer, Answer]:
+        """Ask rows of the search for a value, on an account of their own where the attacker has another one."""
+        spare = self._task.accounts is None or self._task.accounts > self._closed
+        apart = not self._reference and (self._scout_open or spare)
+        answer = yield Query(rows, "calibrate", account=int(apart))
+        banned = bool((answer.status == BANNED).any())
+        self._careful |= banned
+        if apart:
+            self._scout_open = not banned
+        else:
+            self._closed = banned
+        return answer
+
+    @staticmethod
+    def _place(knob: Knob) -> Tensor:
+        """Where the attack stands [1,C,H,W]: a proposal that hardly differs from it."""
+        return knob.draw(knob.low if knob.integer else knob.low / 100, 1)
+
+    def _decoy(self) -> Tensor | None:
+        """An image of the attacker's own [1,C,H,W], if it has any."""
+        if self._task.pool is None:
+            return None
+        images = self._task.pool[0]
+        index = int(torch.randint(len(images), (), generator=self._generator, device=self._task.image.device))
+        return images[index : index + 1].to(self._task.image.device)
+
+
+def _units(query: Query) -> list[Unit]:
+    """Positions that are asked, and asked again, together."""
+    if query.groups is None:
+        return [(position,) for position in range(len(query.rows))]
+    members: dict[int, list[int]] = {}
+    for position, group in enumerate(query.groups):
+        members.setdefault(group, []).append(position)
+    return [tuple(positions) for positions in members.values()]

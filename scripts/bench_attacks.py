@@ -85,6 +85,7 @@ def contests() -> dict[str, Contest]:
         "cgba-h": ours("cgba-h"),
         "surfree": ours("surfree"),
         "hop-skip-jump": ours("hop-skip-jump"),
+        "hop-skip-jump, n0 = 100 as in the paper": ours("hop-skip-jump", n0=100),
         "qeba": ours("qeba"),
         "geoda": ours("geoda"),
         "tangent": ours("tangent"),
@@ -126,6 +127,7 @@ def contests() -> dict[str, Contest]:
     }
     scores = {
         "square": ours("square"),
+        "square, horizon = 10000": ours("square", horizon=10_000),
         "nes": ours("nes"),
         "bandits": ours("bandits"),
         "sign-hunter": ours("sign-hunter"),

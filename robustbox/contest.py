@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robustbox.errors import InputError
-from robustbox.evaluator import draws, share_reached, undefended
+from robustbox.evaluator import clerk, draws, share_reached, undefended
 from robustbox.folder import environment
 from robustbox.goals import goal
 from robustbox.identity import derive_seed, sha256, stream
@@ -73,12 +73,14 @@ class Contest:
         self._classes = oracle.box.classes
         self._hashes = [sha256(image) for image in images]
         self._records: list[Record] = []
-        self._clerks: list[int] = []  # the evaluator's accounts
+        self._clean_clerks: list[int] = []  # the evaluator's accounts, fresh for each of its rows
+        self._clerks: list[int] = []
         nth: Counter[str] = Counter()  # an image that comes twice has two accounts
         for name in self._hashes:
             account = derive_seed(rules.seed, name, attack.name, "account", nth[name])
             self._records.append(Record(account, rules.budget, rules.accounts))
-            self._clerks.append(derive_seed(rules.seed, name, "verify", nth[name]))
+            self._clean_clerks.append(clerk(rules.seed, name, "clean", nth[name]))
+            self._clerks.append(clerk(rules.seed, name, "verify", nth[name]))
             nth[name] += 1
         self._clean = np.zeros(len(labels), dtype=bool)
         self._fresh = np.zeros(len(labels), dtype=bool)
@@ -138,7 +140,7 @@ class Contest:
             InputError: there is none.
         """
         self._clock = time.perf_counter()
-        self._clean = share_reached(self.oracle, self.images, self.labels, self._clerks, self._fused) > 0.5
+        self._clean = share_reached(self.oracle, self.images, self.labels, self._clean_clerks, self._fused) > 0.5
         if self._classes is None:  # a callable's first answer shows how many there are
             check_labels(self.labels, len(self.labels), self.oracle.box.classes)
         if not self._clean.any():

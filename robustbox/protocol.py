@@ -83,7 +83,10 @@ class BlackBox(ABC):
 
     @abstractmethod
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
-        """Answer rows float32 [n,C,H,W] in [0, 1], sent by accounts int64 [n] (on the host)."""
+        """Answer rows float32 [n,C,H,W] in [0, 1], sent by accounts int64 [n] (on the host).
+
+        Accounts below 0 are the evaluator's: a defense that learns from queries judges them and does not remember them.
+        """
 
     def describe(self) -> dict[str, object]:
         """What a result must record of this black box, as plain JSON values."""

@@ -1,0 +1,377 @@
+"""The stateful gate: remembers what was asked, and refuses what resembles it.
+
+All stateful defenses are one black box, `StatefulGate`, that decides about queries one by one in the order in which they
+came, around a plug-in that says what a query's fingerprint is and when one resembles those before it (`StatefulDefense`).
+A query costs one row whether it is answered or refused; what is refused never reaches the model.
+"""
+
+# Annotations are not postponed here: the command line reads the options' types from subclasses in other modules.
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustbox import registry
+from robustbox.errors import InputError
+from robustbox.identity import stream
+from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, BlackBox, Defense
+
+Action = Literal["reject", "ban", "silent", "decoy"]
+Scope = Literal["account", "global"]
+Shape = tuple[int, int, int]
+
+_WARMED_AT_ONCE = 64
+
+
+class Verdict(NamedTuple):
+    """What a memory says of a query.
+
+    Args:
+        hit: whether it is refused.
+        match: the number of the earlier row that it resembles most; -1: none in particular.
+        likeness: how much, in the memory's own units.
+    """
+
+    hit: bool
+    match: int
+    likeness: int = 0
+
+
+class Memory(ABC):
+    """What is remembered of the queries of one scope. Rows are numbered from 0 in the order in which they were stored."""
+
+    @abstractmethod
+    def judge(self, print: Any) -> Verdict:
+        """Whether a query with this fingerprint is refused, as things stand; stores nothing."""
+
+    @abstractmethod
+    def store(self, print: Any, verdict: Verdict) -> int:
+        """Remember a fingerprint, about which `judge` has just said this; its number."""
+
+    @abstractmethod
+    def forget(self, before: int) -> None:
+        """Forget the rows with lower numbers."""
+
+    @property
+    @abstractmethod
+    def stored(self) -> int:
+        """Rows that are remembered."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatefulDefense(Defense):
+    """What all stateful gates have in common; a subclass adds its fingerprint (`secret`, `prints`) and its `memory`.
+
+    Args:
+        action: what happens to a hit: reject (the attacker sees that it was refused), ban (refused; after `strikes` hits
+            the account gets no more answers), silent (answered and counted), decoy (answered as the earlier query that it
+            resembles was).
+        scope: whose queries are compared: those of one account, or of all (global).
+        strikes: hits after which an account is banned.
+        window: stored rows that are remembered, the oldest being forgotten first; null: all.
+        store_rejected: whether hits are stored like other queries.
+        reset_on_hit: forget everything after a hit, as a new account would start; counts how many accounts an attack needs.
+        warm: name of a data set from which each history starts with `warm_rows` images: other users' queries.
+        warm_rows: how many.
+    """
+
+    action: Action = "reject"
+    scope: Scope = "account"
+    strikes: int = 1
+    window: int | None = None
+    store_rejected: bool = True
+    reset_on_hit: bool = False
+    warm: str | None = None
+    warm_rows: int = 1000
+
+    def __post_init__(self) -> None:
+        self.require(self.strikes >= 1, f"strikes must be at least 1, not {self.strikes}")
+        self.require(self.window is None or self.window >= 1, f"window must be at least 1, not {self.window}")
+        self.require(self.warm_rows >= 1, f"warm_rows must be at least 1, not {self.warm_rows}")
+
+    def require(self, fine: bool, complaint: str) -> None:
+        """Raise InputError unless an option is as it must be."""
+        if not fine:
+            raise InputError(f"{self.name}: {complaint}")
+
+    def check_shape(self, shape: Shape) -> None:
+        """Refuse rows (C, H, W) that this gate cannot tell apart.
+
+        Raises:
+            InputError: what is wrong with them.
+        """
+
+    @abstractmethod
+    def secret(self, shape: Shape, generator: torch.Generator) -> Any:
+        """What the gate keeps from its clients, drawn once for each scope: keys, salts, thresholds."""
+
+    @abstractmethod
+    def prints(self, rows: Tensor, secrets: Sequence[Any]) -> Iterable[Any]:
+        """The fingerprints of rows [n,C,H,W] in [0, 1] under n secrets.
+
+        Each is a function of its own row and secret alone, to the last bit: never of the batch.
+        """
+
+    @abstractmethod
+    def memory(self, secret: Any) -> Memory:
+        """An empty memory."""
+
+    def wrap(self, box: BlackBox, seed: int) -> BlackBox:
+        """The black box behind this gate. Its answers depend on its history.
+
+        Raises:
+            InputError: the rows of `box` are not for this gate, or the data set of `warm` cannot be had.
+        """
+        return StatefulGate(box, self, seed)
+
+
+@dataclass(slots=True)
+class _Cell:
+    """The answer to a row, Answer of length 1, to be given again as a decoy; None until the model has answered."""
+
+    answer: Answer | None = None
+
+
+@dataclass(slots=True)
+class _History:
+    """What is remembered of a scope; `cells` by row number, under `decoy` only."""
+
+    secret: Any
+    memory: Memory
+    cells: dict[int, _Cell] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Standing:
+    """What a gate holds against an account: queries received, hits, the first of them (from 1; 0: none), and the ban."""
+
+    rows: int = 0
+    hits: int = 0
+    first_hit: int = 0
+    banned: bool = False
+
+
+class StatefulGate(BlackBox):
+    """A black box behind a `StatefulDefense`.
+
+    Fingerprints are taken in bulk; then each row is judged against the history as it stands, with the rows before it in
+    the same pass, and stored. Only then the model answers the rows that were accepted. A refused row has label -1, scores
+    NaN and status REJECTED. The hit that is an account's last strike is REJECTED, what it sends from then on, in the same
+    pass too, is BANNED: neither judged nor stored.
+
+    With scope `account` an account's answers depend on its own queries alone, whatever else is in the pass; with scope
+    `global` on the order of all rows, which the query loop fixes. The evaluator's rows (accounts below 0) are judged, and
+    neither stored nor counted. Secrets come from (seed, scope), and stay when a history
+    is reset.
+    """
+
+    def __init__(self, inner: BlackBox, defense: StatefulDefense, seed: int) -> None:
+        self.inner: BlackBox = inner
+        self.name = f"{inner.name} behind {defense.name}"
+        self.device, self.input_shape, self.stochastic = inner.device, inner.input_shape, inner.stochastic
+        self.classes, self.scores = inner.classes, inner.scores
+        self._defense, self._seed = defense, seed
+        self._histories: dict[int | str, _History] = {}
+        self._accounts: dict[int, Standing] = {}
+        self._judged, self._seconds = 0, 0.0
+        if inner.input_shape is not None:
+            defense.check_shape(inner.input_shape)
+        self._warm = None if defense.warm is None else self._benign(defense.warm, defense.warm_rows)
+
+    @torch.no_grad()
+    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        """Answer rows float32 [n,C,H,W] in [0, 1], refusing hits; one row of the model for each accepted one.
+
+        Raises:
+            InputError: the rows have a shape that the gate or its warm history does not take.
+        """
+        status, asked, cells = self._decide(rows, accounts.tolist())
+        answer = self._ask(rows, accounts, status, asked)
+        for position, cell in cells.items():
+            if asked[position]:
+                cell.answer = _one(answer, position)
+        for position, cell in cells.items():
+            if not asked[position] and cell.answer is not None:
+                answer.labels[position], answer.status[position] = cell.answer.labels[0], cell.answer.status[0]
+                if answer.scores is not None and cell.answer.scores is not None:
+                    answer.scores[position] = cell.answer.scores[0]
+        return answer
+
+    def describe(self) -> dict[str, object]:
+        """What a result must record: the model behind, the gate's options, and what it saw so far."""
+        return {
+            **super().describe(),
+            "options": self._defense.options(),
+            "statistics": self.statistics(),
+            "inner": self.inner.describe(),
+        }
+
+    def statistics(self) -> dict[str, object]:
+        """What the gate saw so far: plain JSON values.
+
+        `rows` received, `hits`, `banned_rows` refused after a ban, accounts seen, with a hit, and banned; `first_hit`: which
+        of an account's own queries was its first hit, counting from 1, for those that have one; `bytes_per_query` of a
+        stored fingerprint, and `milliseconds_per_query` of the gate alone, the model's time not included.
+        """
+        standings = self._accounts
+        rows = sum(standing.rows for standing in standings.values())
+        stored = sum(history.memory.stored for history in self._histories.values())
+        size = sum(history.memory.nbytes for history in self._histories.values())
+        return {
+            "rows": rows,
+            "hits": sum(standing.hits for standing in standings.values()),
+            "banned_rows": rows - self._judged,
+            "accounts": len(standings),
+            "accounts_hit": sum(standing.hits > 0 for standing in standings.values()),
+            "accounts_banned": sum(standing.banned for standing in standings.values()),
+            "first_hit": {str(account): s.first_hit for account, s in standings.items() if s.hits},
+            "bytes_per_query": size / stored if stored else 0.0,
+            "milliseconds_per_query": 1e3 * self._seconds / self._judged if self._judged else 0.0,
+        }
+
+    def standing(self, account: int) -> Standing:
+        """What the gate holds against an account; a fresh one if it was never heard of."""
+        return self._accounts.setdefault(account, Standing())
+
+    # The decision, one row after the other.
+
+    def _decide(self, rows: Tensor, senders: list[int]) -> tuple[list[int], list[bool], dict[int, _Cell]]:
+        """For each row its status, whether the model is asked about it, and under `decoy` the cell of its answer."""
+        start = time.perf_counter()
+        standings = [self.standing(account) if account >= 0 else Standing() for account in senders]
+        alive = [position for position, standing in enumerate(standings) if not standing.banned]
+        histories = {position: self._history(senders[position], rows) for position in alive}
+        secrets = [history.secret for history in histories.values()]
+        prints = self._defense.prints(rows if len(alive) == len(rows) else rows[alive], secrets) if alive else ()
+        fingerprints = dict(zip(alive, prints, strict=True))
+        status, asked, cells = [BANNED] * len(senders), [False] * len(senders), dict[int, _Cell]()
+        for position, standing in enumerate(standings):
+            standing.rows += 1
+            if standing.banned:  # perhaps by a row before it in this pass
+                continue
+            self._judged += senders[position] >= 0
+            status[position], asked[position], cell = self._judge(
+                standing, histories[position], fingerprints[position], remember=senders[position] >= 0
+            )
+            if cell is not None:
+                cells[position] = cell
+        if self._defense.scope == "account":
+            for account in {senders[i] for i in alive if standings[i].banned or senders[i] < 0}:
+                del self._histories[account]
+        self._seconds += time.perf_counter() - start
+        return status, asked, cells
+
+    def _judge(
+        self, standing: Standing, history: _History, fingerprint: Any, remember: bool
+    ) -> tuple[int, bool, _Cell | None]:
+        """One row: its status, whether the model is asked, and the cell of its answer under `decoy`."""
+        defense = self._defense
+        verdict = history.memory.judge(fingerprint)
+        hit = verdict.hit
+        refused = hit and defense.action in ("reject", "ban")
+        cell = history.cells.get(verdict.match) if hit else None  # a decoy's; none is to be had of a warm row
+        asked = not refused and cell is None
+        if not remember:
+            return REJECTED if refused else ANSWERED, asked, cell
+        if defense.action == "decoy" and asked:
+            cell = _Cell()
+        if not hit or defense.store_rejected:
+            self._store(history, fingerprint, verdict, cell)
+        if hit:
+            standing.hits += 1
+            standing.first_hit = standing.first_hit or standing.rows
+            standing.banned = defense.action == "ban" and standing.hits >= defense.strikes
+            if defense.reset_on_hit:
+                self._restart(history)
+        return REJECTED if refused else ANSWERED, asked, cell
+
+    def _ask(self, rows: Tensor, accounts: Tensor, status: list[int], asked: list[bool]) -> Answer:
+        """The model's answers to the rows that it is asked, among refusals for the others."""
+        answer = None
+        if any(asked):
+            which = torch.tensor(asked)
+            everything = all(asked)
+            part = rows if everything else rows[which.to(rows.device)]
+            answer = self.inner.answer(part, accounts if everything else accounts[which])
+            # A callable shows these with its first answer.
+            self.classes, self.scores = self.inner.classes, self.inner.scores
+            if everything:
+                return answer
+        device = self.device if answer is None else answer.labels.device
+        where = torch.tensor(asked, device=device).nonzero().flatten()
+        labels = torch.full((len(rows),), -1, device=device)
+        statuses = torch.tensor(status, dtype=torch.uint8, device=device)
+        scores = None
+        if answer is not None:
+            labels[where], statuses[where] = answer.labels, answer.status
+            if answer.scores is not None:
+                scores = answer.scores.new_full((len(rows), answer.scores.shape[1]), torch.nan)
+                scores[where] = answer.scores
+        elif self.classes is not None and self.scores in ("probability", "logit"):
+            scores = torch.full((len(rows), self.classes), torch.nan, device=device)
+        return Answer(labels, scores, statuses)
+
+    # Histories.
+
+    def _history(self, account: int, rows: Tensor) -> _History:
+        scope = account if self._defense.scope == "account" else "global"
+        if scope not in self._histories:
+            channels, height, width = shape = rows.shape[1], rows.shape[2], rows.shape[3]
+            if self._warm is not None and self._warm.shape[1:] != (channels, height, width):
+                raise InputError(
+                    f"{self._defense.name}: the images of {self._defense.warm} are {[*self._warm.shape[1:]]}, "
+                    f"the queries {[*shape]}: take another data set for warm"
+                )
+            self._defense.check_shape(shape)
+            secret = self._defense.secret(shape, stream(rows.device, self._seed, "sdm", scope))
+            self._histories[scope] = _History(secret, self._defense.memory(secret))
+            self._restart(self._histories[scope])
+        return self._histories[scope]
+
+    def _restart(self, history: _History) -> None:
+        """A history as it is at the start of an account."""
+        history.memory = self._defense.memory(history.secret)
+        history.cells.clear()
+        if self._warm is not None:
+            for rows in self._warm.split(_WARMED_AT_ONCE):
+                for fingerprint in self._defense.prints(rows, [history.secret] * len(rows)):
+                    self._store(history, fingerprint, history.memory.judge(fingerprint), None)
+
+    def _store(self, history: _History, fingerprint: Any, verdict: Verdict, cell: _Cell | None) -> None:
+        number = history.memory.store(fingerprint, verdict)
+        if cell is not None:
+            history.cells[number] = cell
+        if self._defense.window is not None:
+            history.memory.forget(number + 1 - self._defense.window)
+            history.cells.pop(number - self._defense.window, None)
+
+    def _benign(self, name: str, count: int) -> Tensor:
+        """A sample of a data set's images [count,C,H,W], the same for every history."""
+        images: Tensor = registry.make("data", name).images
+        if len(images) < count:
+            raise InputError(
+                f"{self._defense.name}: {name} holds {len(images)} images, warm_rows asks for {count}: ask for fewer"
+            )
+        if self.input_shape is not None and images.shape[1:] != self.input_shape:
+            raise InputError(
+                f"{self._defense.name}: the images of {name} are {[*images.shape[1:]]}, the model takes "
+                f"{[*self.input_shape]}: take another data set for warm"
+            )
+        order = torch.randperm(len(images), generator=stream(torch.device("cpu"), self._seed, "sdm", "warm"))
+        return images[order[:count]].to(self.device)
+
+
+def _one(answer: Answer, position: int) -> Answer:
+    """A row's share of an answer."""
+    part = slice(position, position + 1)
+    scores = None if answer.scores is None else answer.scores[part].clone()
+    return Answer(answer.labels[part].clone(), scores, answer.status[part].clone())

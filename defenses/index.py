@@ -1,0 +1,284 @@
+"""Look-up of earlier queries, exact: by shared tokens (sub-linear), and by distance between embeddings.
+
+Rows are numbered from 0 in the order in which they were added. Among equally near rows the lowest number wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Tokens = NDArray[np.int64]
+Rows = NDArray[np.int64]
+Counts = NDArray[np.int16]
+
+FRESH = 256
+"""Rows that a `SketchIndex` holds unsorted before it makes a tier of them."""
+COMMON = 32
+"""A token that more than one in so many rows of a tier hold is kept as a bitmap: shorter than its list of rows."""
+
+
+class SketchIndex:
+    """Rows of distinct tokens, int64 [S], found by the number of tokens that they share with a query.
+
+    The newest `FRESH` rows stand in a table from token to bitmap; older ones in tiers of sorted (token, row) pairs, two
+    tiers of one size being merged into one (as binary digits carry), so that N rows cost O(S log^2 N) to look up where
+    they share little. Rows that share much would make long lists; these are bitmaps, counted 64 rows at a time by
+    carry-save adders, so that the newest of 20,000 near-identical rows costs little more than the first.
+
+    Memory: about 12 bytes a token.
+    """
+
+    def __init__(self) -> None:
+        self._tiers: list[_Tier] = []
+        self._fresh: dict[int, int] = {}  # from token to bitmap
+        self._unsorted: list[Tokens] = []  # the same, row by row
+        self._first = 0  # the number of the first fresh row
+        self._kept_from = 0
+        self._rows = 0
+
+    def __len__(self) -> int:
+        """Rows that are remembered."""
+        return self._rows - self._kept_from
+
+    @property
+    def nbytes(self) -> int:
+        """Memory, in bytes; fresh rows are taken for as large as they will be once sorted."""
+        return sum(tier.nbytes for tier in self._tiers) + 12 * sum(map(len, self._unsorted))
+
+    def add(self, tokens: Tokens) -> int:
+        """Add a row of distinct tokens; its number."""
+        bit = 1 << (self._rows - self._first)
+        fresh = self._fresh
+        for token in tokens.tolist():
+            fresh[token] = fresh.get(token, 0) | bit
+        self._unsorted.append(tokens)
+        self._rows += 1
+        if self._rows - self._first == FRESH:
+            self._seal()
+        return self._rows - 1
+
+    def forget(self, before: int) -> None:
+        """Forget the rows whose numbers are below `before`."""
+        self._kept_from = max(before, self._kept_from)
+        self._tiers = [tier for tier in self._tiers if tier.first + tier.rows > before]
+
+    def best(self, tokens: Tokens, enough: int | None = None) -> tuple[int, int]:
+        """The most tokens that a row shares with the query, and the lowest number of such a row: (0, -1) if none does.
+
+        Args:
+            enough: rows are searched in parts, the newest first, and no further once a row shares so many tokens. Whether
+                one does is exact; how many and which row are then those of that part.
+        """
+        counts, row = self.top(tokens, 1, enough)
+        return int(counts[0]), row
+
+    def top(self, tokens: Tokens, k: int, enough: int | None = None) -> tuple[Counts, int]:
+        """The k largest numbers of tokens that rows share with the query, and the lowest number of a row that shares most.
+
+        Descending, 0 where fewer rows share any; `enough` as for `best`.
+        """
+        most, where = 0, -1
+        found = [np.zeros(k, dtype=np.int16)]
+        for rows, counts in self.shared(tokens):
+            position = int(counts.argmax())
+            if counts[position] >= most:  # an equal is older
+                most, where = int(counts[position]), int(rows[position])
+            found.append(counts)
+            if enough is not None and most >= enough:
+                break
+        every = np.concatenate(found)
+        return np.sort(np.partition(every, len(every) - k)[-k:])[::-1], where
+
+    def shared(self, tokens: Tokens) -> Iterator[tuple[Rows, Counts]]:
+        """The rows that share a token with the query and how many they share: in parts, the newest first.
+
+        Row numbers ascend within a part.
+        """
+        listed = tokens.tolist()
+        if bitmaps := [bitmap for token in listed if (bitmap := self._fresh.get(token))]:
+            counts = _tally(bitmaps, self._rows - self._first)
+            rows = counts.nonzero()[0]
+            yield from self._kept(self._first, rows, counts[rows])
+        for tier in reversed(self._tiers):
+            yield from self._kept(tier.first, *tier.counts(tokens, listed))
+
+    def _kept(self, first: int, rows: Rows, counts: Counts) -> Iterator[tuple[Rows, Counts]]:
+        """A part under row numbers of the whole, without the forgotten rows; nothing where none is left."""
+        start = int(np.searchsorted(rows, self._kept_from - first)) if first < self._kept_from else 0
+        if start < len(rows):
+            yield rows[start:] + first, counts[start:]
+
+    def _seal(self) -> None:
+        """Make a tier of the fresh rows."""
+        holders = np.repeat(np.arange(FRESH, dtype=np.int32), [len(tokens) for tokens in self._unsorted])
+        tier = _Tier.of(self._first, FRESH, np.concatenate(self._unsorted), holders)
+        while self._tiers and self._tiers[-1].rows == tier.rows:
+            tier = _merged(self._tiers.pop(), tier)
+        self._tiers.append(tier)
+        self._first, self._fresh, self._unsorted = self._rows, {}, []
+
+
+@dataclass(slots=True)
+class _Tier:
+    """Rows `first` to `first + rows - 1`, numbered from 0 within: pairs sorted by token, then by row."""
+
+    first: int
+    rows: int
+    tokens: Tokens
+    holders: NDArray[np.int32]
+    common: dict[int, int]  # token -> bitmap of its holders
+
+    @classmethod
+    def of(cls, first: int, rows: int, tokens: Tokens, holders: NDArray[np.int32]) -> _Tier:
+        """A tier of (token, holder) pairs in which the holders of a token ascend."""
+        order = np.argsort(tokens, kind="stable")  # quick on what is sorted in runs
+        tokens, holders = tokens[order], holders[order]
+        edges = np.concatenate(([0], np.flatnonzero(np.diff(tokens)) + 1, [len(tokens)]))
+        long = np.flatnonzero(np.diff(edges) * COMMON > rows)
+        common = {
+            int(tokens[start]): _bitmap(holders[start:stop], rows)
+            for start, stop in zip(edges[long].tolist(), edges[long + 1].tolist(), strict=True)
+        }
+        return cls(first, rows, tokens, holders, common)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.holders.nbytes + len(self.common) * self.rows // 8
+
+    def counts(self, tokens: Tokens, listed: list[int]) -> tuple[Rows, Counts]:
+        """The rows that hold one of the tokens, ascending, and how many each holds."""
+        if not len(self.tokens):
+            return _NOWHERE
+        starts = np.searchsorted(self.tokens, tokens, side="left")
+        found = np.flatnonzero(self.tokens[np.minimum(starts, len(self.tokens) - 1)] == tokens)
+        if not len(found):
+            return _NOWHERE
+        stops = np.searchsorted(self.tokens, tokens[found], side="right")
+        bitmaps: list[int] = []
+        lists: list[NDArray[np.int32]] = [np.empty(0, dtype=np.int32)]
+        for k, start, stop in zip(found.tolist(), starts[found].tolist(), stops.tolist(), strict=True):
+            if bitmap := self.common.get(listed[k]):
+                bitmaps.append(bitmap)
+            else:
+                lists.append(self.holders[start:stop])
+        holders = np.concatenate(lists)
+        if not bitmaps and len(holders) * COMMON < self.rows:
+            few, held = np.unique(holders, return_counts=True)
+            return few.astype(np.int64), held.astype(np.int16)
+        counts = _tally(bitmaps, self.rows)
+        if len(holders):
+            counts += np.bincount(holders, minlength=self.rows).astype(np.int16)
+        rows = counts.nonzero()[0]
+        return rows, counts[rows]
+
+
+_NOWHERE = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int16)
+
+
+def _merged(older: _Tier, newer: _Tier) -> _Tier:
+    tokens = np.concatenate((older.tokens, newer.tokens))
+    holders = np.concatenate((older.holders, newer.holders + older.rows))
+    return _Tier.of(older.first, older.rows + newer.rows, tokens, holders.astype(np.int32))
+
+
+def _bitmap(positions: NDArray[np.int32], rows: int) -> int:
+    """A number whose bits are set at the positions."""
+    bits = np.zeros(rows, dtype=np.uint8)
+    bits[positions] = 1
+    return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
+
+
+def _bits(bitmap: int, rows: int) -> NDArray[np.uint8]:
+    """The lowest `rows` bits of a number, lowest first."""
+    content = np.frombuffer(bitmap.to_bytes(-(-rows // 8), "little"), dtype=np.uint8)
+    return np.unpackbits(content, count=rows, bitorder="little")
+
+
+def _tally(bitmaps: Iterable[int], rows: int) -> Counts:
+    """In how many of the bitmaps each bit is set, int16 [rows].
+
+    Three numbers of one weight become one of that weight (their parity) and one of the next (their majority), until each
+    weight has one number: the binary digits of all counts at once.
+    """
+    counts = np.zeros(rows, dtype=np.int16)
+    digits, weight = list(bitmaps), 0
+    while digits:
+        carries = []
+        while len(digits) > 1:
+            a, b, c = digits.pop(), digits.pop(), digits.pop() if digits else 0
+            odd = a ^ b
+            digits.append(odd ^ c)
+            if carry := (a & b) | (odd & c):
+                carries.append(carry)
+        counts += _bits(digits[0], rows).astype(np.int16) << weight
+        digits, weight = carries, weight + 1
+    return counts
+
+
+class DenseIndex:
+    """Embeddings float32 [D] on one device, found by l2 distance.
+
+    Distances are taken from differences, at twice the time of |a|^2 - 2 a.b + |b|^2: that formula loses the digits of near
+    neighbours, and near neighbours are what is looked for. Linear in the number of rows, except where `enough` ends the
+    search among the newest.
+
+    Memory: 4 D bytes a row, and up to as much again in reserve.
+    """
+
+    NEWEST = 512
+
+    def __init__(self, dimensions: int, device: torch.device) -> None:
+        self._table = torch.empty(64, dimensions, device=device)
+        self._kept_from = 0
+        self._rows = 0
+
+    def __len__(self) -> int:
+        """Rows that are remembered."""
+        return self._rows - self._kept_from
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in use, in bytes."""
+        return len(self) * self._table.shape[1] * self._table.element_size()
+
+    def add(self, vector: Tensor) -> int:
+        """Add a row; its number."""
+        if self._rows == len(self._table):
+            self._table = torch.cat((self._table, torch.empty_like(self._table)))
+        self._table[self._rows] = vector
+        self._rows += 1
+        return self._rows - 1
+
+    def forget(self, before: int) -> None:
+        """Forget the rows whose numbers are below `before`."""
+        self._kept_from = max(before, self._kept_from)
+
+    def mean_distance(self, vector: Tensor, k: int, enough: float = -1.0) -> tuple[float, int]:
+        """The mean distance to the k nearest rows, and the lowest number of a nearest: (inf, -1) with fewer than k rows.
+
+        Args:
+            enough: once k rows among the newest have a mean distance of at most this, they are taken for the nearest:
+                the mean distance of the k nearest of all can only be smaller.
+        """
+        distance, nearest = float("inf"), -1
+        if len(self) >= k:
+            newest = max(self._rows - max(self.NEWEST, k), self._kept_from)
+            for start in sorted({newest, self._kept_from}, reverse=True):
+                distance, nearest = self._among(start, vector, k)
+                if distance <= enough:
+                    break
+        return distance, nearest
+
+    def _among(self, start: int, vector: Tensor, k: int) -> tuple[float, int]:
+        """`mean_distance` among the rows from `start` on."""
+        rows = self._table[start : self._rows]
+        distances = torch.cdist(vector[None], rows, compute_mode="donot_use_mm_for_euclid_dist")[0]
+        mean = distances.topk(k, largest=False).values.double().mean()
+        distance, number = torch.stack((mean, distances.argmin().double())).tolist()  # one transfer
+        return distance, start + int(number)

@@ -127,7 +127,7 @@ def contests() -> dict[str, Contest]:
     }
     scores = {
         "square": ours("square"),
-        "square, horizon = 10000": ours("square", horizon=10_000),
+        "square, horizon = 2000": ours("square", horizon=2000),
         "nes": ours("nes"),
         "bandits": ours("bandits"),
         "sign-hunter": ours("sign-hunter"),
@@ -141,6 +141,7 @@ def contests() -> dict[str, Contest]:
     }
     scores_l2 = {
         "square": ours("square"),
+        "square, horizon = 2000": ours("square", horizon=2000),
         "nes": ours("nes"),
         "bandits": ours("bandits"),
         "sign-hunter": ours("sign-hunter"),

@@ -92,7 +92,7 @@ def test_the_schedule_runs_by_queries_over_the_budget() -> None:
     image = grey((1, 40, 40))
     for budget, stochastic in ((500, False), (1000, True)):
         of = task(image, "linf", epsilon=0.05, budget=budget, stochastic=stochastic)
-        start, *steps = asked(of, attack=Square(p=0.8))
+        start, *steps = asked(of, attack=Square(p=0.8, horizon=budget))
         spent, sides = 1, []
         for query in steps:
             sides.append((spent / budget, max(extent((query.rows[:1] != start.rows).any(dim=1)[0]))))
@@ -101,6 +101,14 @@ def test_the_schedule_runs_by_queries_over_the_budget() -> None:
             expected = round(math.sqrt(side_share(0.8, high) * 1600))
             within = [side for share, side in sides if low < share <= high]
             assert not within or max(within) == expected or (len(within) < 3 and max(within) <= expected)
+
+
+def test_a_small_budget_sees_the_beginning_of_the_papers_schedule() -> None:
+    default, longest = (
+        asked(task(grey((1, 40, 40)), "linf", epsilon=0.05, budget=60), attack=Square(horizon=horizon))
+        for horizon in (None, 10_000)
+    )
+    assert all((a.rows == b.rows).all() for a, b in zip(default, longest, strict=True))
 
 
 def test_a_longer_horizon_keeps_windows_large_and_a_shorter_one_ends_small() -> None:
@@ -224,7 +232,7 @@ def test_targets_are_reached(norm: Norm, loss: str) -> None:
     for target in (1, 2):
         result = run_attack(
             three_bands, images, [0, 0], "square", norm, epsilon={"linf": 0.2, "l2": 3.0}[norm], budget=600,
-            targets=target, attack_options={"loss": loss},
+            targets=target, attack_options={"loss": loss, "horizon": 600},
         )  # fmt: skip
         assert result.success.all()
         assert three_bands(result.adversarials).argmax(dim=1).tolist() == [target] * 2

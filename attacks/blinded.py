@@ -92,7 +92,8 @@ class Blinded(Wrapper):
         (n, _, height, width), side = rows.shape, 2 * self.shift + 1
         ways = side * side * (2 if self.flip else 1)
         way = torch.randint(1, ways, (n, 1, 1), generator=generator, device=rows.device)  # 0 leaves the row as it is
-        mirrored, dy, dx = way // side**2, way // side % side, way % side
+        mirrored, *offsets = way // side**2, way // side % side, way % side
+        dy, dx = ((offset + self.shift) % side - self.shift for offset in offsets)
         y = (torch.arange(height, device=rows.device).view(1, -1, 1) - dy) % height
         x = (torch.arange(width, device=rows.device).view(1, 1, -1) - dx) % width
         x = torch.where(mirrored == 1, width - 1 - x, x)

@@ -203,7 +203,7 @@ def maximise(
     starts: Tensor,
     asked: Tensor,
     admit: Callable[[Tensor], Tensor],
-    rounds: int = 1,
+    rounds: int = 2,
     kept: int = 2,
     steps: tuple[float, ...] = (0.1, 0.4, 0.7, 1.5),
 ) -> Tensor:
@@ -233,6 +233,8 @@ def maximise(
             found = function(flat[:, None]).masked_fill_(_among(flat, asked), -math.inf)
         found, which = found.view(len(best), -1).max(1)
         better = found > values
+        if not better.any():
+            break
         best = torch.where(better[:, None], trials[torch.arange(len(best)), which], best)
         values = torch.where(better, found, values)
     return best[values.argmax()]

@@ -62,11 +62,12 @@ def find_start(task: Task, patterns: int = 4, rivals: int = 10) -> Generator[Que
     - untargeted: the image plus random patterns at amplitudes 1/16, 1/4 and 1 a pixel, each in `patterns` kinds of the
       finest period (2 x 2 pixels, to which networks with strides are weakest), one coarse (8 x 8 cells) and one white;
     - black, white and grey; untargeted also the `rivals` nearest images of other classes in the pool;
-    - the image under white noise of amplitude 1/8, 1/2, 2 and 8 a pixel, where nothing of it is left, four times each.
+    - the image under white noise of amplitude 1/8, 1/2, 2 and 8 a pixel, four times each; then, at the last of them, where
+      nothing of it is left, nine times four more.
 
     The successes of that stage are shortened towards the image together, four times, and the shortest is returned.
 
-    Cost: at most 3 (patterns + 2) + rivals + 19 rows for the stages, and 4 rows for each success of one stage.
+    Cost: at most 3 (patterns + 2) + rivals + 55 rows for the stages, and 4 rows for each success of one stage.
     """
     for stage in _starts(task, patterns, rivals):
         reached = task.reached((yield stage.query("init")))
@@ -101,7 +102,7 @@ def _starts(task: Task, patterns: int, rivals: int) -> Iterator[Drawn]:
     if task.target is None:
         yield from _pool(task, rivals)
     white = noise("full", factor=1)
-    for amplitude in (1 / 8, 1 / 2, 2.0, 8.0):
+    for amplitude in (1 / 8, 1 / 2, 2.0, *[8.0] * 10):
         yield Drawn(along(amplitude, white(4)), partial(one_along, amplitude, [white] * 4))
 
 

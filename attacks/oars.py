@@ -12,8 +12,8 @@ parity="wide" (default) differs from the paper's code in this:
 - It adapts in flight. The attack's own scale comes first, and as long as that passes nothing is changed and nothing spent. Once
   it is refused, the rows that the attack asks anyway are drawn at the values of a bisection on a logarithmic scale, between
   the ends of the knob's range, where the paper's lower bounds already are the answer. A trial ends at the first decisive count.
-- A knob is adapted again, upwards, when refusals become frequent. Where accounts are banned, every refusal counts, trials lean
-  to the safe side, and few rows are asked at a time.
+- A value that was found goes on to follow the gate, up and down (`calibration.py`). Where accounts are banned, every refusal
+  counts, trials lean to the safe side, and few rows are asked at a time.
 - Rows that cannot be drawn again (line searches, most steps) are guarded (`spacing.py`): moved by a little noise where they
   would come too near to earlier ones, or not asked at all. So attacks without knobs pass, too.
 - With `scout` the search for a value has rows and an account of its own: on decoys, images of the pool, so that the
@@ -25,7 +25,7 @@ the paper's Boundary attack adapts within itself.
 
 Query cost: that of the attack, and what is refused; a search in flight has about 2 refusals a bad trial, of 6 to 8 trials in
 all. Searches apart (`scout`, reference) cost at most `trial` rows a trial, and its decoy. Rows asked while a knob is in search
-stand on the ledger `calibrate`. The attack is ended when `patience` rows in a row were refused.
+stand on the ledger `calibrate`. The attack is ended when `give_up` rows in a row were refused.
 """
 
 from __future__ import annotations
@@ -41,29 +41,12 @@ import torch
 from torch import Tensor
 
 from robustbox.errors import InputError
-from robustbox.protocol import ANSWERED, BANNED, Answer, Kind, Knob, Query, Search, Task
+from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, Kind, Knob, Query, Search, Task
 
-from .calibration import Bounds, Dial
+from .calibration import REFERENCE_ROUNDS, Bounds, Dial, reference_bounds
 from .spacing import Guard, Keeper
 from .wrapper import Collected, Wrapper, wrapped
 
-LARGE = 64
-"""Images of at least this side have the reference's ImageNet bounds."""
-REFERENCE: dict[tuple[str, str], tuple[Bounds, Bounds]] = {
-    (attack, knob): (Bounds(*small, log=False, early=False), Bounds(*large, log=False, early=False))
-    for (attack, knob), (small, large) in {
-        ("nes", "sigma"): ((0.05, 0.5, 0.0, 20, 10), (0.01, 0.5, 0.05, 20, 10)),
-        ("nes", "step"): ((0.1, 0.1, 0.005, 20, 10), (5e-5, 0.1, 0.13, 20, 10)),
-        ("square", "squares"): ((10, 100, 0.0, 5, 10), (50, 100, 0.0, 5, 3)),
-        ("square", "side"): ((1, 32, 0.5, 10, 10), (1, 100, 0.5, 10, 10)),
-        ("hop-skip-jump", "radius"): ((1, 2, 0.05, 20, 10), (1.5, 5, 0.05, 20, 10)),
-        ("qeba", "radius"): ((1, 2, 0.05, 20, 10), (1, 5, 0.05, 20, 10)),
-        ("surfree", "angle"): ((5, 80, 0.05, 20, 5), (5, 50, 0.05, 20, 5)),
-    }.items()
-}
-"""The authors' settings for CIFAR-10 and ImageNet: low, high, tolerated share, samples, steps. Their 100 degrees pass 90, where
-the point is the image itself: 80 here."""
-REFERENCE_ROUNDS = {"nes": 5, "square": 300, "surfree": 100}
 MOVES = 3
 """Times that a refused row which cannot be drawn again is moved and asked again."""
 Unit = tuple[int, ...]
@@ -80,7 +63,7 @@ class OARS(Wrapper):
         trial: rows by which a scale is judged.
         chunk: rows asked at a time while a scale is in doubt.
         rounds: times that a refused row is drawn again, and a row that cannot be is moved.
-        patience: refused rows in a row after which the search ends.
+        give_up: refused rows in a row after which the search ends.
         guard: what becomes of rows that cannot be drawn again and come too near to earlier ones: jitter (moved by noise), skip
             (not asked; the attack is told that they were refused), or off.
         scout: search for scales on an account and on images of its own, apart from the attack.
@@ -91,7 +74,7 @@ class OARS(Wrapper):
     trial: int = 20
     chunk: int = 4
     rounds: int = 20
-    patience: int = 300
+    give_up: int = 300
     guard: Guard = "jitter"
     scout: bool = False
 
@@ -102,7 +85,7 @@ class OARS(Wrapper):
             raise InputError(f"guard must be jitter, skip or off, got {self.guard}")
         if not 0 <= self.tolerated < 1:
             raise InputError(f"tolerated must be at least 0 and less than 1, got {self.tolerated}")
-        for name, least in (("trial", 1), ("chunk", 1), ("rounds", 0), ("patience", 1)):
+        for name, least in (("trial", 1), ("chunk", 1), ("rounds", 0), ("give_up", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         super().__post_init__()
@@ -121,14 +104,14 @@ class _Passage:
     """One search on its way through a gate."""
 
     def __init__(self, settings: OARS, task: Task) -> None:
-        self._settings, self._task, self._attack = settings, task, settings.wraps.name
+        self._settings, self._task, self._attack = settings, task, settings.wraps.name.rpartition(":")[2]
         self._reference = settings.parity == "reference"
         self._moves = MOVES if settings.guard == "jitter" and not self._reference else 0
         self._rounds = REFERENCE_ROUNDS.get(self._attack, settings.rounds) if self._reference else settings.rounds
         self._keeper = Keeper(task, "off" if self._reference else settings.guard)
         self._dials: dict[Knob, Dial] = {}
         self._epoch = 0  # changes whenever a knob does
-        self._learnt = -1  # the epoch in which the spacing was last learnt
+        self._learnt: set[Dial | None] = set()  # which told the keeper how far apart rows must be
         self._in_a_row = 0  # rows that were refused, one after the other
         self._careful = False  # bans were seen
         self._closed = self._scout_open = False  # the account in use was banned; there is one beside it
@@ -139,7 +122,7 @@ class _Passage:
         """Ask what the attack asks, until it ends or nothing passes any more."""
         answer: Answer | None = None
         with closing(inner):
-            while self._in_a_row < self._settings.patience:
+            while self._in_a_row < self._settings.give_up:
                 try:
                     query = next(inner) if answer is None else inner.send(answer)
                 except StopIteration:
@@ -152,11 +135,12 @@ class _Passage:
         dials = [self._dial(knob) for knob in query.knobs]
         collected = Collected(len(rows), self._last)
         waiting, tries = deque(_units(query)), Counter[Unit]()
-        while waiting and self._in_a_row < self._settings.patience:
-            dial = next((dial for dial in dials if not dial.useless), None)
-            if dial is not None and dial.search is not None and (self._settings.scout or self._reference):
-                yield from self._calibrate(dial)
-            units = self._portion(waiting, dial)
+        while waiting and self._in_a_row < self._settings.give_up:
+            if self._settings.scout or self._reference:
+                for dial in dials:
+                    yield from self._calibrate(dial)
+            active = next((dial for dial in dials if not dial.useless), None)
+            units = self._portion(waiting, active)
             positions = [position for unit in units for position in unit]
             if query.redraw is not None:
                 stale = [position for position in positions if drawn[position] != self._epoch]
@@ -168,10 +152,10 @@ class _Passage:
                 positions = [positions[k] for k in kept]
                 units = [unit for unit in units if unit[0] in positions]
             if positions:
-                kind: Kind = "calibrate" if dial is not None and dial.search is not None else query.kind
+                kind: Kind = "calibrate" if active is not None and active.search is not None else query.kind
                 answer = yield Query(rows[positions], kind, account=query.account)
                 collected.put(positions, answer)
-                self._learn(rows[positions], answer, dial, random=query.redraw is not None)
+                self._learn(rows[positions], answer, active, random=query.redraw is not None)
                 bad = {p for p, status in zip(positions, answer.status.tolist(), strict=True) if status != ANSWERED}
                 for unit in units:
                     if not bad.isdisjoint(unit) and tries[unit] < self._limit(query):
@@ -202,33 +186,35 @@ class _Passage:
 
     def _learn(self, rows: Tensor, answer: Answer, dial: Dial | None, random: bool) -> None:
         """What the statuses of rows tell of the gate."""
-        answered = answer.status == ANSWERED
-        refused = len(rows) - int(answered.sum())
-        self._closed = bool((answer.status == BANNED).any())
+        answered, judged = answer.status == ANSWERED, answer.status != BANNED
+        self._closed = not bool(judged.all())
         self._careful |= self._closed
-        self._in_a_row = 0 if refused < len(rows) else self._in_a_row + refused
-        fresh = random and dial is not None and dial.settled and self._learnt != self._epoch
+        self._in_a_row = 0 if answered.any() else self._in_a_row + len(rows)
+        if not judged.any():
+            return
+        rows, answered = rows[judged.to(rows.device)], answered[judged]
+        settled = dial is not None and dial.search is None and dial.knob.value is not None
+        fresh = random and settled and dial not in self._learnt
         self._keeper.note(rows, answered, "settled" if fresh else "drawn" if random else "placed")
-        self._learnt = self._epoch if fresh else self._learnt
-        if dial is not None and not self._reference and dial.observe(refused, len(rows), self._careful):
+        if fresh:
+            self._learnt.add(dial)
+        if dial is not None and not self._reference and dial.observe(int((~answered).sum()), len(rows), self._careful):
             self._epoch += 1
 
     def _dial(self, knob: Knob) -> Dial:
         if knob not in self._dials:
+            known = reference_bounds(self._attack, knob.name, self._task.image) if self._reference else None
             bounds = Bounds(knob.low, knob.high, self._settings.tolerated, self._settings.trial)
-            self._dials[knob] = dial = Dial(knob, bounds)
-            if self._reference:
-                large = min(self._task.image.shape[1:]) >= LARGE
-                known = REFERENCE.get((self._attack, knob.name))
-                self._dials[knob] = dial = Dial(knob, known[large] if known else bounds)
-                if known:
-                    dial.begin()
-                else:
-                    dial.useless = True
+            self._dials[knob] = dial = Dial(knob, known or bounds)
+            if known:
+                dial.begin()
+            dial.useless = self._reference and not known
         return self._dials[knob]
 
     def _calibrate(self, dial: Dial) -> Generator[Query, Answer, None]:
-        """Search for a knob's value with rows of its own: around decoys, or, as the reference, around the image."""
+        """A knob's search, if it is in one, with rows of its own: around decoys, or, as the reference, around the image."""
+        if dial.search is None:
+            return
         size = dial.bounds.samples if self._reference else self._settings.chunk
         while dial.search is not None:
             value, centre = dial.search.value, self._task.image[None] if self._reference else self._decoy()
@@ -238,8 +224,8 @@ class _Passage:
                 rows = dial.knob.draw(value, size)
                 if centre is not None:  # the same proposals, around another image
                     rows = (centre + rows - self._place(dial.knob)).clamp_(0, 1)
-                answer = yield from self._scout(rows)
-                dial.observe(int((answer.status != ANSWERED).sum()), len(rows), self._careful)
+                status = (yield from self._scout(rows)).status
+                dial.observe(int((status == REJECTED).sum()), int((status != BANNED).sum()), self._careful)
         self._epoch += 1
 
     def _scout(self, rows: Tensor) -> Generator[Query, Answer, Answer]:

@@ -308,7 +308,7 @@ def row(side: str, run: dict[str, Any], epsilon: float | None, marks: list[int])
         best = [
             [min((far for query, far in trace if query <= mark), default=np.inf) for trace in traces] for mark in marks
         ]
-        cells = [f"{median(each):.3f}" for each in best]
+        cells = [f"{median(each):.3g}" for each in best]
     else:
         cells = [str(sum(query <= mark for query in first)) for mark in marks]
     errors = f" ({len(run['errors'])} errors)" if run["errors"] else ""

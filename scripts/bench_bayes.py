@@ -197,7 +197,8 @@ def cost(observations: int = 100, dim: int = 192, repeats: int = 3) -> None:
             best = int(process.values.argmax())
             around = torch.randn(160, dim, **draw)  # type: ignore[call-overload]
             function = acquisition("ei", process, float(process.values[best]), 1.0)
-            point = maximise(function, admit(torch.cat([around, process.points[best : best + 1]])), admit)
+            starts = admit(torch.cat([around, process.points[best : best + 1]]))
+            point = maximise(function, starts, process.points, admit)
             process.tell(point, float(point @ weights))
         spent["ours"].append((time.process_time() - start) / (observations // 2))
 

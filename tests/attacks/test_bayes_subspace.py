@@ -193,7 +193,7 @@ def test_a_planted_direction_is_found_in_fewer_queries_than_at_random(objective:
     firsts: dict[Acquisition, list[float]] = {}
     for acquisition in get_args(Acquisition):
         found = firsts[acquisition] = []
-        for seed in range(7):
+        for seed in range(5):
             model = Planted(image, 0.5, share=0.9)
             attack = BayesSubspace(size=3, objective=objective, acquisition=acquisition)
             result = run_attack(model, image[None], [0], attack, epsilon=0.5, budget=budget, seed=seed)

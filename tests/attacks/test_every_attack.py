@@ -117,7 +117,7 @@ def test_one_refused_row_says_nothing_and_ends_nothing(mode: Mode, number: int) 
 
     found, reasons = traces(0.0)
     assert (found, reasons) == traces(torch.nan)
-    if mode.factors:
+    if mode.factors and mode.factors[1] < 2:  # else it stands near its best by then
         assert found[0][-1][0] > 57  # it went on to improve
 
 

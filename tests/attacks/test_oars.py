@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from robustbox import list_attacks, run_attack
-from robustbox.attacks.calibration import Bisection, Bounds
-from robustbox.attacks.oars import OARS, REFERENCE, load
+from robustbox.attacks.calibration import REFERENCE, Bisection, Bounds
+from robustbox.attacks.oars import OARS, load
 from robustbox.attacks.spacing import History
 from robustbox.attacks.wrapper import wrapped
 from robustbox.errors import InputError
@@ -51,7 +51,7 @@ def test_the_knob_lands_on_the_least_scale_that_passes(
     calibrated = sum(len(query.rows) for query in asked if query.kind == "calibrate")
     assert 0 < calibrated <= 200
     last = gate.rows[-50:]
-    assert np.allclose([torch.dist(row, GREY) for row in last], made[0].value, rtol=1e-3)
+    assert np.allclose([torch.dist(row, GREY) for row in last], spacing, rtol=0.2)
     if scout:  # the attack's account saw nothing of it, and the search nothing of the image
         apart = [query for query in asked if query.kind == "calibrate"]
         assert {query.account for query in apart} == {1}
@@ -98,7 +98,7 @@ def test_a_trial_ends_at_the_first_decisive_count() -> None:
     assert search.value == pytest.approx(10**1.25)
 
 
-def test_drift_sets_a_knob_anew_and_upwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_settled_knob_follows_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     gate, of = Spaced(0.2), task(GREY, budget=300)
     search = around(Prober, monkeypatch, made=made).search(of)
@@ -113,7 +113,7 @@ def test_drift_sets_a_knob_anew_and_upwards(monkeypatch: pytest.MonkeyPatch) -> 
     drive(search, of, answers)
     assert 0.18 <= before[-1] <= 0.24
     assert 0.54 <= made[0].value <= 0.72
-    assert min(after) == before[-1]
+    assert min(after) > 0.95 * before[-1]
 
 
 # Gates that refuse nothing, everything, or one row (P9, P10).
@@ -142,7 +142,7 @@ def test_where_everything_is_refused_it_stops(
         n = len(rows)
         return Answer(torch.full((n,), -1), None, torch.full((n,), REJECTED, dtype=torch.uint8))
 
-    drive(around(attack, monkeypatch, patience=50, **options).search(of), of, refuse)
+    drive(around(attack, monkeypatch, give_up=50, **options).search(of), of, refuse)
     assert of.remaining > 10_000 - 200
 
 
@@ -275,15 +275,15 @@ def test_counts_are_exact_with_refusals_and_bans(
         assert set(result.stop_reasons) <= {"budget", "banned", "finished"}  # finished: out of patience
 
 
-def test_refusals_cost_accounts_and_care_saves_them() -> None:
-    """With one strike, OARS burns a handful of accounts where the plain attack burns one a row or two."""
-    burnt, distances = {}, {}
+def test_accounts_last_longer() -> None:
+    """With one strike, an account answers OARS several times as many rows as the plain attack, which gets nowhere."""
+    answered, distances = {}, {}
     for name in ("cgba", "oars:cgba"):
         result = run_attack(Guarded(0.1, 1), images(3), [0] * 3, name, budget=600, accounts=None)
-        burnt[name], distances[name] = result.accounts_burnt.mean(), np.median(result.distance)
-    assert burnt["oars:cgba"] < burnt["cgba"] / 10
-    assert distances["oars:cgba"] < 1.5 * AWAY
-    assert distances["oars:cgba"] < distances["cgba"]
+        answered[name] = (result.queries - result.rejected).sum() / result.accounts_burnt.sum()
+        distances[name] = np.median(result.distance)
+    assert answered["oars:cgba"] > 4 * answered["cgba"]
+    assert distances["oars:cgba"] < 2 * AWAY < 4 * AWAY < distances["cgba"]
 
 
 @pytest.mark.parametrize("name", ["oars:cgba", "oars:random", "oars:blinded:cgba"])

@@ -530,7 +530,7 @@ def test_a_bad_word_shows_no_traceback(root: Path) -> None:
     command = [sys.executable, "-m", "robustbox.attack", "--attack", "cbga"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"{PROGRAM}: unknown attack 'cbga': did you mean cgba or cgba-h?\n"
+    assert done.stderr == f"{PROGRAM}: unknown attack 'cbga': did you mean cgba or cgba-h or qeba?\n"
 
 
 def test_an_unknown_name_is_an_input_error() -> None:

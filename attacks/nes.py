@@ -27,8 +27,8 @@ Deviations:
 - All rows lie in the box and in the current ball, so that a probe may be the success. The authors' probes leave both.
 - L is by default the margin of log-probabilities, which is the authors' cross-entropy where one other class leads; the
   plateau is one of the loss that is minimised in untargeted attacks too.
-- h starts at epsilon / 5, which is the authors' 0.01 at their epsilon of 0.05, and never falls below 1/200 of that. n is 10:
-  the authors' 25, for 299 x 299, cost a third more queries on CIFAR-10.
+- h starts at epsilon / 5, which is the authors' 0.01 at their epsilon of 0.05, and never falls below 1/200 of that. n is 10;
+  the authors' 25 are for 299 x 299.
 - The ball shrinks by a share of its radius (at first 1/2) where the paper subtracts a length that is only ever halved, and
   `find_start` shortens the line to the start; one candidate serves the paper's step and its shrinking.
 - l2 is not in the paper; the step is that of the NES baseline of Ilyas et al. 2019.

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .gate import Memory, Shape, StatefulDefense, Verdict
+from .gate import IndexedMemory, Memory, Shape, StatefulDefense, Verdict
 from .index import SketchIndex, Tokens
 
 Layout = Literal["hwc", "chw"]
@@ -137,30 +137,16 @@ class Blacklight(StatefulDefense):
         return SketchMemory(self.threshold + (self.rule == "more"))
 
 
-class SketchMemory(Memory):
+class SketchMemory(IndexedMemory):
     """Sketches; a hit is a query that shares at least `least` tokens with a stored one."""
 
     def __init__(self, least: int) -> None:
         self._least = least
-        self._index = SketchIndex()
+        self._index: SketchIndex = SketchIndex()
 
     def judge(self, print: Tokens) -> Verdict:
         matches, row = self._index.best(print, self._least)
         return Verdict(matches >= self._least, row, matches)
-
-    def store(self, print: Tokens, verdict: Verdict) -> int:
-        return self._index.add(print)
-
-    def forget(self, before: int) -> None:
-        self._index.forget(before)
-
-    @property
-    def stored(self) -> int:
-        return len(self._index)
-
-    @property
-    def nbytes(self) -> int:
-        return self._index.nbytes
 
 
 def parts(rows: Tensor) -> Iterator[slice]:

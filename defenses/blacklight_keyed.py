@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .blacklight import Blacklight, Layout, flat, parts, quantised, sketches, symbol_bits, window_hashes
-from .gate import Memory, Shape, StatefulDefense, Verdict
+from .gate import IndexedMemory, Memory, Shape, StatefulDefense, Verdict
 from .index import SketchIndex, Tokens
 
 MODULUS = 256  # white is not black
@@ -121,28 +121,14 @@ class BlacklightKeyed(StatefulDefense):
         )
 
 
-class MeanMemory(Memory):
+class MeanMemory(IndexedMemory):
     """Sketches; a hit matches one earlier row in more than `threshold` hashes, or the k best ones in more than `mean`."""
 
     def __init__(self, threshold: int, k: int, mean: float) -> None:
         self._threshold, self._k, self._mean = threshold, k, mean
-        self._index = SketchIndex()
+        self._index: SketchIndex = SketchIndex()
 
     def judge(self, print: Tokens) -> Verdict:
         matches, row = self._index.top(print, self._k, enough=self._threshold + 1)
         hit = bool(matches[0] > self._threshold or matches.mean() > self._mean)
         return Verdict(hit, row, int(matches[0]))
-
-    def store(self, print: Tokens, verdict: Verdict) -> int:
-        return self._index.add(print)
-
-    def forget(self, before: int) -> None:
-        self._index.forget(before)
-
-    @property
-    def stored(self) -> int:
-        return len(self._index)
-
-    @property
-    def nbytes(self) -> int:
-        return self._index.nbytes

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from robustbox.errors import InputError
 
-from .gate import Memory, Verdict
+from .gate import IndexedMemory, Verdict
 from .index import DenseIndex
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
@@ -98,27 +98,13 @@ def embed(module: nn.Module, rows: Tensor) -> Tensor:
     return torch.cat(found).mul_(10**DIGITS).round_().div_(10**DIGITS)
 
 
-class KnnMemory(Memory):
+class KnnMemory(IndexedMemory):
     """Embeddings; a hit is a query whose mean distance to the k nearest stored ones is at most `threshold`."""
 
     def __init__(self, dimensions: int, device: torch.device, k: int, threshold: float) -> None:
         self._k, self._threshold = k, threshold
-        self._index = DenseIndex(dimensions, device)
+        self._index: DenseIndex = DenseIndex(dimensions, device)
 
     def judge(self, print: Tensor) -> Verdict:
         distance, row = self._index.mean_distance(print, self._k, enough=self._threshold)
         return Verdict(distance <= self._threshold, row)
-
-    def store(self, print: Tensor, verdict: Verdict) -> int:
-        return self._index.add(print)
-
-    def forget(self, before: int) -> None:
-        self._index.forget(before)
-
-    @property
-    def stored(self) -> int:
-        return len(self._index)
-
-    @property
-    def nbytes(self) -> int:
-        return self._index.nbytes

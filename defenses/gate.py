@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +65,45 @@ class Memory(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Memory in bytes."""
+
+
+class Index(Protocol):
+    """A look-up structure over stored fingerprints, numbered from 0 (`index.py`)."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in bytes."""
+        ...
+
+    def add(self, print: Any, /) -> int:
+        """Store a fingerprint; its number."""
+        ...
+
+    def forget(self, before: int) -> None:
+        """Forget the rows with lower numbers."""
+        ...
+
+
+class IndexedMemory(Memory):
+    """A memory that is one index; a subclass judges."""
+
+    _index: Index
+
+    def store(self, print: Any, verdict: Verdict) -> int:
+        return self._index.add(print)
+
+    def forget(self, before: int) -> None:
+        self._index.forget(before)
+
+    @property
+    def stored(self) -> int:
+        return len(self._index)
+
+    @property
+    def nbytes(self) -> int:
+        return self._index.nbytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from scipy.special import gammaincc
 from torch import Tensor
 
 from .blacklight import Blacklight, Secret
-from .gate import Memory, Shape, StatefulDefense, Verdict
+from .gate import IndexedMemory, Memory, Shape, StatefulDefense, Verdict
 from .index import SketchIndex, Tokens
 
 # fmt: off
@@ -87,12 +87,12 @@ class Family:
     alert: bool = False
 
 
-class FamilyMemory(Memory):
+class FamilyMemory(IndexedMemory):
     """Sketches, each linked to the one before it that it resembles most: families are trees and never merge."""
 
     def __init__(self, link: float, alpha: float, smallest: int) -> None:
         self._link, self._alpha, self._smallest = link, alpha, smallest
-        self._index = SketchIndex()
+        self._index: SketchIndex = SketchIndex()
         self._families: list[Family] = []  # by row number
 
     def judge(self, print: Tokens) -> Verdict:
@@ -108,13 +108,6 @@ class FamilyMemory(Memory):
             family = former
         self._families.append(family or Family())
         return self._index.add(print)
-
-    def forget(self, before: int) -> None:
-        self._index.forget(before)
-
-    @property
-    def stored(self) -> int:
-        return len(self._index)
 
     @property
     def nbytes(self) -> int:

@@ -30,8 +30,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .gate import IndexedMemory, Memory, Shape, StatefulDefense, Verdict
+from .gate import Shape, StatefulDefense
 from .index import SketchIndex, Tokens
+from .memory import IndexedMemory, Memory, Verdict
 
 Layout = Literal["hwc", "chw"]
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from .blacklight import Blacklight, Layout, flat, parts, quantised, sketches, symbol_bits, window_hashes
-from .gate import IndexedMemory, Memory, Shape, StatefulDefense, Verdict
+from .gate import Shape, StatefulDefense
 from .index import SketchIndex, Tokens
+from .memory import IndexedMemory, Memory, Verdict
 
 MODULUS = 256  # white is not black
 

@@ -7,8 +7,10 @@ trained and how well they tell images apart.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -17,8 +19,9 @@ from torch.nn import functional as F
 
 from robustbox.errors import InputError
 
-from .gate import IndexedMemory, Verdict
+from .gate import Shape, StatefulDefense
 from .index import DenseIndex
+from .memory import IndexedMemory, Memory, Verdict
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 ROWS_AT_ONCE = 16
@@ -108,3 +111,30 @@ class KnnMemory(IndexedMemory):
     def judge(self, print: Tensor) -> Verdict:
         distance, row = self._index.mean_distance(print, self._k, enough=self._threshold)
         return Verdict(distance <= self._threshold, row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingGate(StatefulDefense):
+    """What the gates by embeddings have in common: a query is a hit whose k nearest earlier ones are too near on average.
+
+    Args:
+        threshold: mean distance to the k nearest up to which a query is a hit.
+        k: how many of the nearest.
+    """
+
+    dimensions: ClassVar[int]
+
+    threshold: float
+    k: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.threshold >= 0, f"threshold must be at least 0, not {self.threshold}")
+        self.require(self.k >= 1, f"k must be at least 1, not {self.k}")
+
+    def secret(self, shape: Shape, generator: torch.Generator) -> torch.device:
+        """Nothing but where its memory stands: everybody can compute this fingerprint."""
+        return generator.device
+
+    def memory(self, secret: torch.device) -> Memory:
+        return KnnMemory(self.dimensions, secret, self.k, self.threshold)

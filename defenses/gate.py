@@ -5,105 +5,26 @@ came, around a plug-in that says what a query's fingerprint is and when one rese
 A query costs one row whether it is answered or refused; what is refused never reaches the model.
 """
 
-# Annotations are not postponed here: the command line reads the options' types from subclasses in other modules.
+from __future__ import annotations
+
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from robustbox import registry
 from robustbox.errors import InputError
-from robustbox.identity import stream
 from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, BlackBox, Defense
+
+from .histories import Cell, Histories, History
+from .memory import Memory
 
 Action = Literal["reject", "ban", "silent", "decoy"]
 Scope = Literal["account", "global"]
 Shape = tuple[int, int, int]
-
-_WARMED_AT_ONCE = 64
-
-
-class Verdict(NamedTuple):
-    """What a memory says of a query.
-
-    Args:
-        hit: whether it is refused.
-        match: the number of the earlier row that it resembles most; -1: none in particular.
-        likeness: how much, in the memory's own units.
-    """
-
-    hit: bool
-    match: int
-    likeness: int = 0
-
-
-class Memory(ABC):
-    """What is remembered of the queries of one scope. Rows are numbered from 0 in the order in which they were stored."""
-
-    @abstractmethod
-    def judge(self, print: Any) -> Verdict:
-        """Whether a query with this fingerprint is refused, as things stand; stores nothing."""
-
-    @abstractmethod
-    def store(self, print: Any, verdict: Verdict) -> int:
-        """Remember a fingerprint, about which `judge` has just said this; its number."""
-
-    @abstractmethod
-    def forget(self, before: int) -> None:
-        """Forget the rows with lower numbers."""
-
-    @property
-    @abstractmethod
-    def stored(self) -> int:
-        """Rows that are remembered."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Memory in bytes."""
-
-
-class Index(Protocol):
-    """A look-up structure over stored fingerprints, numbered from 0 (`index.py`)."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int:
-        """Memory in bytes."""
-        ...
-
-    def add(self, print: Any, /) -> int:
-        """Store a fingerprint; its number."""
-        ...
-
-    def forget(self, before: int) -> None:
-        """Forget the rows with lower numbers."""
-        ...
-
-
-class IndexedMemory(Memory):
-    """A memory that is one index; a subclass judges."""
-
-    _index: Index
-
-    def store(self, print: Any, verdict: Verdict) -> int:
-        return self._index.add(print)
-
-    def forget(self, before: int) -> None:
-        self._index.forget(before)
-
-    @property
-    def stored(self) -> int:
-        return len(self._index)
-
-    @property
-    def nbytes(self) -> int:
-        return self._index.nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,22 +95,6 @@ class StatefulDefense(Defense):
 
 
 @dataclass(slots=True)
-class _Cell:
-    """The answer to a row, Answer of length 1, to be given again as a decoy; None until the model has answered."""
-
-    answer: Answer | None = None
-
-
-@dataclass(slots=True)
-class _History:
-    """What is remembered of a scope; `cells` by row number, under `decoy` only."""
-
-    secret: Any
-    memory: Memory
-    cells: dict[int, _Cell] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class Standing:
     """What a gate holds against an account: queries received, hits, the first of them (from 1; 0: none), and the ban."""
 
@@ -209,8 +114,7 @@ class StatefulGate(BlackBox):
 
     With scope `account` an account's answers depend on its own queries alone, whatever else is in the pass; with scope
     `global` on the order of all rows, which the query loop fixes. The evaluator's rows (accounts below 0) are judged, and
-    neither stored nor counted. Secrets come from (seed, scope), and stay when a history
-    is reset.
+    neither stored nor counted. Secrets come from (seed, scope), and stay when a history is reset.
     """
 
     def __init__(self, inner: BlackBox, defense: StatefulDefense, seed: int) -> None:
@@ -219,12 +123,11 @@ class StatefulGate(BlackBox):
         self.device, self.input_shape, self.stochastic = inner.device, inner.input_shape, inner.stochastic
         self.classes, self.scores = inner.classes, inner.scores
         self._defense, self._seed = defense, seed
-        self._histories: dict[int | str, _History] = {}
         self._accounts: dict[int, Standing] = {}
         self._judged, self._seconds = 0, 0.0
         if inner.input_shape is not None:
             defense.check_shape(inner.input_shape)
-        self._warm = None if defense.warm is None else self._benign(defense.warm, defense.warm_rows)
+        self._histories = Histories(defense, seed, self.device, self.input_shape)
 
     @torch.no_grad()
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
@@ -263,8 +166,8 @@ class StatefulGate(BlackBox):
         """
         standings = self._accounts
         rows = sum(standing.rows for standing in standings.values())
-        stored = sum(history.memory.stored for history in self._histories.values())
-        size = sum(history.memory.nbytes for history in self._histories.values())
+        memories = self._histories.memories()
+        stored, size = sum(memory.stored for memory in memories), sum(memory.nbytes for memory in memories)
         return {
             "rows": rows,
             "hits": sum(standing.hits for standing in standings.values()),
@@ -283,16 +186,16 @@ class StatefulGate(BlackBox):
 
     # The decision, one row after the other.
 
-    def _decide(self, rows: Tensor, senders: list[int]) -> tuple[list[int], list[bool], dict[int, _Cell]]:
+    def _decide(self, rows: Tensor, senders: list[int]) -> tuple[list[int], list[bool], dict[int, Cell]]:
         """For each row its status, whether the model is asked about it, and under `decoy` the cell of its answer."""
         start = time.perf_counter()
         standings = [self.standing(account) if account >= 0 else Standing() for account in senders]
         alive = [position for position, standing in enumerate(standings) if not standing.banned]
-        histories = {position: self._history(senders[position], rows) for position in alive}
+        histories = {position: self._histories.of(senders[position], rows) for position in alive}
         secrets = [history.secret for history in histories.values()]
         prints = self._defense.prints(rows if len(alive) == len(rows) else rows[alive], secrets) if alive else ()
         fingerprints = dict(zip(alive, prints, strict=True))
-        status, asked, cells = [BANNED] * len(senders), [False] * len(senders), dict[int, _Cell]()
+        status, asked, cells = [BANNED] * len(senders), [False] * len(senders), dict[int, Cell]()
         for position, standing in enumerate(standings):
             standing.rows += 1
             if standing.banned:  # perhaps by a row before it in this pass
@@ -305,13 +208,13 @@ class StatefulGate(BlackBox):
                 cells[position] = cell
         if self._defense.scope == "account":
             for account in {senders[i] for i in alive if standings[i].banned or senders[i] < 0}:
-                del self._histories[account]
+                self._histories.drop(account)
         self._seconds += time.perf_counter() - start
         return status, asked, cells
 
     def _judge(
-        self, standing: Standing, history: _History, fingerprint: Any, remember: bool
-    ) -> tuple[int, bool, _Cell | None]:
+        self, standing: Standing, history: History, fingerprint: Any, remember: bool
+    ) -> tuple[int, bool, Cell | None]:
         """One row: its status, whether the model is asked, and the cell of its answer under `decoy`."""
         defense = self._defense
         verdict = history.memory.judge(fingerprint)
@@ -322,15 +225,15 @@ class StatefulGate(BlackBox):
         if not remember:
             return REJECTED if refused else ANSWERED, asked, cell
         if defense.action == "decoy" and asked:
-            cell = _Cell()
+            cell = Cell()
         if not hit or defense.store_rejected:
-            self._store(history, fingerprint, verdict, cell)
+            self._histories.store(history, fingerprint, verdict, cell)
         if hit:
             standing.hits += 1
             standing.first_hit = standing.first_hit or standing.rows
             standing.banned = defense.action == "ban" and standing.hits >= defense.strikes
             if defense.reset_on_hit:
-                self._restart(history)
+                self._histories.restart(history)
         return REJECTED if refused else ANSWERED, asked, cell
 
     def _ask(self, rows: Tensor, accounts: Tensor, status: list[int], asked: list[bool]) -> Answer:
@@ -358,55 +261,6 @@ class StatefulGate(BlackBox):
         elif self.classes is not None and self.scores in ("probability", "logit"):
             scores = torch.full((len(rows), self.classes), torch.nan, device=device)
         return Answer(labels, scores, statuses)
-
-    # Histories.
-
-    def _history(self, account: int, rows: Tensor) -> _History:
-        scope = account if self._defense.scope == "account" else "global"
-        if scope not in self._histories:
-            channels, height, width = shape = rows.shape[1], rows.shape[2], rows.shape[3]
-            if self._warm is not None and self._warm.shape[1:] != (channels, height, width):
-                raise InputError(
-                    f"{self._defense.name}: the images of {self._defense.warm} are {[*self._warm.shape[1:]]}, "
-                    f"the queries {[*shape]}: take another data set for warm"
-                )
-            self._defense.check_shape(shape)
-            secret = self._defense.secret(shape, stream(rows.device, self._seed, "sdm", scope))
-            self._histories[scope] = _History(secret, self._defense.memory(secret))
-            self._restart(self._histories[scope])
-        return self._histories[scope]
-
-    def _restart(self, history: _History) -> None:
-        """A history as it is at the start of an account."""
-        history.memory = self._defense.memory(history.secret)
-        history.cells.clear()
-        if self._warm is not None:
-            for rows in self._warm.split(_WARMED_AT_ONCE):
-                for fingerprint in self._defense.prints(rows, [history.secret] * len(rows)):
-                    self._store(history, fingerprint, history.memory.judge(fingerprint), None)
-
-    def _store(self, history: _History, fingerprint: Any, verdict: Verdict, cell: _Cell | None) -> None:
-        number = history.memory.store(fingerprint, verdict)
-        if cell is not None:
-            history.cells[number] = cell
-        if self._defense.window is not None:
-            history.memory.forget(number + 1 - self._defense.window)
-            history.cells.pop(number - self._defense.window, None)
-
-    def _benign(self, name: str, count: int) -> Tensor:
-        """A sample of a data set's images [count,C,H,W], the same for every history."""
-        images: Tensor = registry.make("data", name).images
-        if len(images) < count:
-            raise InputError(
-                f"{self._defense.name}: {name} holds {len(images)} images, warm_rows asks for {count}: ask for fewer"
-            )
-        if self.input_shape is not None and images.shape[1:] != self.input_shape:
-            raise InputError(
-                f"{self._defense.name}: the images of {name} are {[*images.shape[1:]]}, the model takes "
-                f"{[*self.input_shape]}: take another data set for warm"
-            )
-        order = torch.randperm(len(images), generator=stream(torch.device("cpu"), self._seed, "sdm", "warm"))
-        return images[order[:count]].to(self.device)
 
 
 def _one(answer: Answer, position: int) -> Answer:

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .gate import Memory, Shape, StatefulDefense, Verdict
+from .gate import Shape, StatefulDefense
+from .memory import Memory, Verdict
 
 Thumbnail = NDArray[np.float32]
 

@@ -17,41 +17,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .encoders import IoTEncoder, KnnMemory, embed, encoder, grey
-from .gate import Memory, Shape, StatefulDefense
+from .encoders import EmbeddingGate, IoTEncoder, embed, encoder, grey
+from .gate import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class IoTSDM(StatefulDefense):
+class IoTSDM(EmbeddingGate):
     """IIoT-SDM (Esmaeili et al. 2022): refuses a query whose nearest earlier ones are too near in a small embedding.
 
-    Args:
-        threshold: mean distance to the k nearest up to which a query is a hit.
-        k: how many of the nearest.
+    Args: those of all gates by embeddings.
     """
 
     name: ClassVar[str] = "iot-sdm"
+    dimensions: ClassVar[int] = IoTEncoder.dimensions
 
     threshold: float = 0.277
     k: int = 11
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.threshold >= 0, f"threshold must be at least 0, not {self.threshold}")
-        self.require(self.k >= 1, f"k must be at least 1, not {self.k}")
 
     def check_shape(self, shape: Shape) -> None:
         self.require(
             shape[0] in (1, 3), f"images of {shape[0]} channels are neither grey nor colour: take another gate"
         )
 
-    def secret(self, shape: Shape, generator: torch.Generator) -> torch.device:
-        """Nothing but where its memory stands: everybody can compute this fingerprint."""
-        return generator.device
-
     def prints(self, rows: Tensor, secrets: Sequence[torch.device]) -> Iterable[Tensor]:
         """An embedding [128] of each row."""
         return embed(encoder(IoTEncoder, "iot-sdm.safetensors", rows.device), grey(rows, 224))
-
-    def memory(self, secret: torch.device) -> Memory:
-        return KnnMemory(IoTEncoder.dimensions, secret, self.k, self.threshold)

@@ -17,43 +17,30 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .encoders import KnnMemory, OSDEncoder, embed, encoder
-from .gate import Action, Memory, Shape, StatefulDefense
+from .encoders import EmbeddingGate, OSDEncoder, embed, encoder
+from .gate import Action, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class OSD(StatefulDefense):
+class OSD(EmbeddingGate):
     """OSD (Chen et al. 2019): counts a hit where a query's nearest earlier ones are too near in an embedding, and starts anew.
 
-    Args:
-        threshold: mean distance to the k nearest up to which a query is a hit.
-        k: how many of the nearest.
+    Args: those of all gates by embeddings.
     """
 
     name: ClassVar[str] = "osd"
+    dimensions: ClassVar[int] = OSDEncoder.dimensions
 
     action: Action = "silent"
     reset_on_hit: bool = True
     threshold: float = 0.744
     k: int = 50
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.threshold >= 0, f"threshold must be at least 0, not {self.threshold}")
-        self.require(self.k >= 1, f"k must be at least 1, not {self.k}")
-
     def check_shape(self, shape: Shape) -> None:
         self.require(
             shape == (3, 32, 32), f"the encoder takes images of [3, 32, 32], not {[*shape]}: take another gate"
         )
 
-    def secret(self, shape: Shape, generator: torch.Generator) -> torch.device:
-        """Nothing but where its memory stands: everybody can compute this fingerprint."""
-        return generator.device
-
     def prints(self, rows: Tensor, secrets: Sequence[torch.device]) -> Iterable[Tensor]:
         """An embedding [256] of each row."""
         return embed(encoder(OSDEncoder, "osd.safetensors", rows.device), rows)
-
-    def memory(self, secret: torch.device) -> Memory:
-        return KnnMemory(OSDEncoder.dimensions, secret, self.k, self.threshold)

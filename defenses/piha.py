@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .gate import Memory, Shape, StatefulDefense, Verdict
+from .gate import Shape, StatefulDefense
 from .index import SketchIndex, Tokens
+from .memory import Memory, Verdict
 
 Codes = NDArray[np.uint8]
 

@@ -30,8 +30,9 @@ from scipy.special import gammaincc
 from torch import Tensor
 
 from .blacklight import Blacklight, Secret
-from .gate import IndexedMemory, Memory, Shape, StatefulDefense, Verdict
+from .gate import Shape, StatefulDefense
 from .index import SketchIndex, Tokens
+from .memory import IndexedMemory, Memory, Verdict
 
 # fmt: off
 UNRELATED = (1.0, 4e-3, 9.7e-4, 4.5e-4, 2.4e-4, 1.3e-4, 7.4e-5, 4.4e-5, 2.8e-5, 1.8e-5, 1.2e-5, 7.9e-6, 4.9e-6, 3.1e-6, 2e-6)

@@ -10,7 +10,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -157,6 +157,9 @@ def _add_options(parser: ArgumentParser, kind: str, factory: Factory) -> None:
 
 
 def _hints(factory: Factory) -> dict[str, Any]:
+    """The types of a factory's parameters; a dataclass's fields are read where each was stated, in its base or itself."""
+    if is_dataclass(factory):
+        return get_type_hints(factory)
     return get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from robustbox.protocol import Answer, Norm, Query, Task
+from robustbox.protocol import REJECTED, Answer, Norm, Query, Task
 
 T = TypeVar("T")
 Labels = Callable[[Tensor], Tensor]
@@ -79,3 +79,16 @@ def drive(
             answer = given if isinstance(given, Answer) else Answer.of(given)
     except StopIteration as done:
         return done.value, asked
+
+
+def refusing(labels: Labels, which: Callable[[int], bool], garbage: int = -1) -> Callable[[Tensor], Answer]:
+    """A black box behind a gate that refuses rows by their number, counted from 0."""
+    seen = 0
+
+    def answers(rows: Tensor) -> Answer:
+        nonlocal seen
+        refused = torch.tensor([which(seen + k) for k in range(len(rows))])
+        seen += len(rows)
+        return Answer(torch.where(refused, garbage, labels(rows)), None, refused.to(torch.uint8) * REJECTED)
+
+    return answers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from torch import Tensor
 from robustbox import run_attack
 from robustbox.attacks.boundary import ORTHOGONAL, SOURCE, Boundary
 from robustbox.errors import InputError
-from robustbox.protocol import REJECTED, Answer, Query
-from tests.attacks.analytic import Flat, check_box, drive, task, unit
+from robustbox.protocol import Answer, Query
+from tests.attacks.analytic import Flat, check_box, drive, refusing, task, unit
 
 SHAPE = (3, 8, 8)
 
@@ -127,20 +126,6 @@ def test_rows_are_counted_as_the_docstring_says(batch: int) -> None:
 
 
 # Hard cases
-
-
-def refusing(flat: Flat, which: Callable[[int], bool], garbage: int = -1) -> Callable[[Tensor], Answer]:
-    """The plane behind a gate that refuses rows by their number, counted from 0."""
-    seen = 0
-
-    def answers(rows: Tensor) -> Answer:
-        nonlocal seen
-        refused = torch.tensor([which(seen + k) for k in range(len(rows))])
-        seen += len(rows)
-        labels = torch.where(refused, garbage, flat(rows))
-        return Answer(labels, None, refused.to(torch.uint8) * REJECTED)
-
-    return answers
 
 
 @pytest.mark.parametrize("number", [0, 3, 9, 57])

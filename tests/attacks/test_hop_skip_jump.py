@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +17,7 @@ from robustbox.attacks.hop_skip_jump import STEPS, HopSkipJump
 from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import REJECTED, Answer, Norm, Query, Search, Task
-from tests.attacks.analytic import Flat, drive, task, unit
+from tests.attacks.analytic import Flat, drive, refusing, task, unit
 
 SHAPE = (3, 8, 8)
 NORMS: list[Norm] = ["l2", "linf"]
@@ -166,20 +165,6 @@ def test_the_knob_sets_the_length_of_the_noise_and_draws_from_its_distribution()
 
 
 # Hard cases
-
-
-def refusing(flat: Flat, which: Callable[[int], bool], garbage: int = -1) -> Callable[[Tensor], Answer]:
-    """The plane behind a gate that refuses rows by their number, counted from 0."""
-    seen = 0
-
-    def answers(rows: Tensor) -> Answer:
-        nonlocal seen
-        refused = torch.tensor([which(seen + k) for k in range(len(rows))])
-        seen += len(rows)
-        labels = torch.where(refused, garbage, flat(rows))
-        return Answer(labels, None, refused.to(torch.uint8) * REJECTED)
-
-    return answers
 
 
 @pytest.mark.parametrize("norm", NORMS)

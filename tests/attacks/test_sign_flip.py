@@ -16,8 +16,8 @@ from robustbox.attacks.moves import find_start
 from robustbox.attacks.sign_flip import SignFlip
 from robustbox.distances import distance
 from robustbox.errors import InputError
-from robustbox.protocol import ANSWERED, REJECTED, Answer, Query, Task
-from tests.attacks.analytic import Flat, check_box, drive, task
+from robustbox.protocol import REJECTED, Answer, Query, Task
+from tests.attacks.analytic import Flat, check_box, drive, refusing, task
 
 YES, NO = Answer.of(torch.tensor([1])), Answer.of(torch.tensor([0]))
 REFUSED = Answer(torch.tensor([-1]), None, torch.tensor([REJECTED], dtype=torch.uint8))
@@ -174,15 +174,7 @@ def test_it_succeeds_at_a_quarter_more_than_the_optimum(levels: int | None) -> N
 @pytest.mark.parametrize("refused", [1, 9, 57, 58, 59, 60])
 def test_a_refused_row_does_not_end_it(refused: int) -> None:
     flat = Flat((3, 8, 8), 0.2)
-    asked = 0
-
-    def answers(rows: Tensor) -> Answer:
-        nonlocal asked
-        place = torch.arange(asked + 1, asked + 1 + len(rows))
-        asked += len(rows)
-        status = torch.where(place == refused, REJECTED, ANSWERED).to(torch.uint8)
-        return Answer(torch.where(place == refused, -1, flat(rows)), None, status)
-
+    answers = refusing(flat, lambda number: number == refused - 1)
     of = task(flat.images(1)[0], norm="linf", budget=1500)
     _, queries = drive(SignFlip().search(of), of, answers)
     rows = torch.cat([query.rows for query in queries])

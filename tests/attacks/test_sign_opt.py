@@ -18,7 +18,7 @@ from robustbox.attacks.sign_opt import SignOPT
 from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, REJECTED, Answer, Norm, Query, Task
-from tests.attacks.analytic import Flat, check_box, drive, task
+from tests.attacks.analytic import Flat, check_box, drive, refusing, task
 
 NORMS: list[Norm] = ["l2", "linf"]
 
@@ -178,15 +178,7 @@ def test_the_knob_is_the_length_of_the_noise_and_redrawn_probes_count(norm: Norm
 @pytest.mark.parametrize("refused", [1, 9, 57, 240, 241, 242, 245])
 def test_a_refused_row_does_not_end_it(refused: int) -> None:
     flat = Flat((3, 8, 8), 0.2)
-    asked = 0
-
-    def answers(rows: Tensor) -> Answer:
-        nonlocal asked
-        place = torch.arange(asked + 1, asked + 1 + len(rows))
-        asked += len(rows)
-        status = torch.where(place == refused, REJECTED, ANSWERED).to(torch.uint8)
-        return Answer(torch.where(place == refused, -1, flat(rows)), None, status)
-
+    answers = refusing(flat, lambda number: number == refused - 1)
     of = task(flat.images(1)[0], budget=2500)
     _, queries = drive(SignOPT().search(of), of, answers)
     assert best(queries, of, flat) <= 1.4 * 0.2

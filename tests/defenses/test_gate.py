@@ -15,8 +15,9 @@ from torch import Tensor
 
 import robustbox as rb
 from robustbox import registry
-from robustbox.defenses.gate import Action, Memory, Shape, StatefulDefense, StatefulGate, Verdict
+from robustbox.defenses.gate import Action, Shape, StatefulDefense, StatefulGate
 from robustbox.defenses.gate import Scope as Whose
+from robustbox.defenses.memory import Memory, Verdict
 from robustbox.errors import InputError
 from robustbox.models.data import Data
 from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, BlackBox, Query, Search, Task

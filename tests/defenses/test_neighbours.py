@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from robustbox import registry
 from robustbox.defenses import encoders
 from robustbox.defenses.encoders import IoTEncoder, KnnMemory, OSDEncoder, embed, encoder, grey
-from robustbox.defenses.gate import StatefulGate, Verdict
+from robustbox.defenses.gate import StatefulGate
 from robustbox.defenses.iot_sdm import IoTSDM
+from robustbox.defenses.memory import Verdict
 from robustbox.defenses.osd import OSD
 from robustbox.errors import InputError
 from tests.toys import HalfSpace

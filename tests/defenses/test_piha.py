@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustbox import registry
-from robustbox.defenses.gate import Verdict
+from robustbox.defenses.memory import Verdict
 from robustbox.defenses.piha import PIHA, CodeMemory, blurred, hue, patterns
 from robustbox.errors import InputError
 from tests.toys import HalfSpace

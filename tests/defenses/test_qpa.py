@@ -12,7 +12,7 @@ import torch
 from scipy.stats import gamma
 
 from robustbox import registry
-from robustbox.defenses.gate import Verdict
+from robustbox.defenses.memory import Verdict
 from robustbox.defenses.qpa import QPA, UNRELATED, FamilyMemory, unrelated
 from robustbox.errors import InputError
 from tests.toys import HalfSpace

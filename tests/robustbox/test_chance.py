@@ -121,6 +121,31 @@ def test_a_success_of_a_stochastic_black_box_is_put_to_the_vote_before_it_ends_t
     assert (luck.first_success == 0).all()
 
 
+def test_a_success_that_cannot_be_put_to_the_vote_is_left_to_the_evaluator() -> None:
+    last = run_attack(Coin(0.0), images(2), [0, 0], script(lambda _: 0.3), "linf", epsilon=0.3, budget=1)
+    assert last.queries.tolist() == [1, 1]
+    assert last.success.all()
+
+    class OnceOnly(Coin):
+        """Refuses what the attacker sent before."""
+
+        def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+            known = [float(row.sum()) for row, account in zip(rows, accounts, strict=True) if account >= 0]
+            answer = super().answer(rows, accounts)
+            for i, account in enumerate(accounts.tolist()):
+                if account >= 0 and (known.index(float(rows[i].sum())) < i or float(rows[i].sum()) in self.old):
+                    answer.labels[i], answer.status[i] = -1, REJECTED
+            self.old |= set(known)
+            return answer
+
+        old: set[float] = set()  # noqa: RUF012
+
+    refused = run_attack(OnceOnly(0.0), images(1), [0], script(lambda _: 0.3), "linf", epsilon=0.3, budget=50)
+    assert refused.stop_reasons == ["success"]
+    assert refused.rejected.tolist() == [9]
+    assert refused.success.all()
+
+
 def test_the_attack_goes_on_with_the_answer_that_was_put_to_the_vote() -> None:
     told: list[list[int]] = []
 

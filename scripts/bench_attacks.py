@@ -153,6 +153,12 @@ def contests() -> dict[str, Contest]:
         "ART SimBA dct": art("SimBA", attack="dct", epsilon=0.2, max_iter=3000, freq_dim=8),
         "ART SimBA pixel": art("SimBA", attack="px", epsilon=0.2, max_iter=3000),
     }
+    scores_free = {
+        "simba dct": ours("simba", basis="dct"),
+        "simba pixel": ours("simba", basis="pixel"),
+        "ART SimBA dct": art("SimBA", attack="dct", epsilon=0.2, max_iter=3000, freq_dim=8),
+        "ART SimBA pixel": art("SimBA", attack="px", epsilon=0.2, max_iter=3000),
+    }
     pixels = {
         "one-pixel-fast": ours("one-pixel-fast"),
         "one-pixel paper": ours("one-pixel", preset="paper"),
@@ -174,6 +180,7 @@ def contests() -> dict[str, Contest]:
         "linf-labels": Contest("linf", 0.03, "label", labels),
         "linf-scores": Contest("linf", 0.03, "score", scores),
         "l2-scores": Contest("l2", 0.5, "score", scores_l2),
+        "l2-scores-free": Contest("l2", None, "score", scores_free),
         "l0": Contest("l0", 1, "score", pixels),
         "imagenet-l2": Contest("l2", None, "label", large, "imagenet"),
     }

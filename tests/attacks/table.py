@@ -32,6 +32,8 @@ class Mode:
         options: its options.
         targeted: whether it aims at the class beyond the plane, with a pool of images of it.
         epsilon: the radius, in units of the plane's distance (l0: in pixels); None minimises.
+        own: the least distance at which any perturbation of the attack's kind succeeds, in units of the plane's: of vectors of
+            one size up or down in l2, sqrt(d) / |normal|_1.
         factors: least-distance modes: median distance at 1000 and at 5000 queries over the plane's.
         budget: fixed-radius modes: queries within which every image must fall; None: this plane is not for this attack.
         restricted: whether every row it asks must lie in the ball.
@@ -42,6 +44,7 @@ class Mode:
     options: Mapping[str, Any] = field(default_factory=dict)
     targeted: bool = False
     epsilon: float | None = None
+    own: float = 1.0
     factors: tuple[float, float] | None = None
     budget: int | None = None
     restricted: bool = False
@@ -123,21 +126,22 @@ MODES = [
     Mode("random-pixels", "l0", epsilon=2, restricted=True),
     Mode("bandits", "l2", {"tile": 1}, epsilon=1.25, budget=3000, restricted=True),
     Mode("bandits", "linf", {"tile": 1}, epsilon=1.25, budget=3000, restricted=True),
-    Mode("bandits", "linf", targeted=True, epsilon=1.25, restricted=True),
+    Mode("bandits", "linf", {"tile": 1}, targeted=True, epsilon=1.25, budget=4000, restricted=True),
     Mode("nes", "l2", epsilon=1.25, budget=2000, restricted=True),
     Mode("nes", "linf", epsilon=1.25, budget=2000, restricted=True),
     Mode("nes", "linf", targeted=True, epsilon=1.25, budget=2000, restricted=True),
-    Mode("nes", "linf", {"top": 1}, targeted=True, epsilon=1.25),
+    Mode("nes", "linf", {"top": 1}, targeted=True, epsilon=1.25, budget=2000),
     Mode("nes", "l2", {"copies": 5}, targeted=True, epsilon=2),
     Mode("zo-sign-sgd", "linf", epsilon=1.25, budget=4000, restricted=True),
-    Mode("zo-sign-sgd", "linf", {"difference": "central"}, targeted=True, epsilon=1.25, restricted=True),
+    Mode("zo-sign-sgd", "linf", {"difference": "central"}, targeted=True, epsilon=1.25, budget=4000, restricted=True),
     Mode("zo-sign-sgd", "linf", {"difference": "vote"}, epsilon=1.25, restricted=True),
-    Mode("sign-hunter", "l2", epsilon=1.25, restricted=True),
+    Mode("sign-hunter", "l2", epsilon=1.3, own=1.254, budget=416, restricted=True),
     Mode("sign-hunter", "linf", epsilon=1.25, budget=416, restricted=True),
     Mode("sign-hunter", "linf", targeted=True, epsilon=1.25, budget=416, restricted=True),
     Mode("simba", factors=(1.35, 1.3)),
     Mode("simba", options={"basis": "pixel"}, factors=(1.35, 1.3)),
     Mode("simba", targeted=True, factors=(1.35, 1.3)),
+    Mode("simba", "l2", {"step": 0.02}, epsilon=1.25, budget=1500, restricted=True),
     Mode("simba", "linf", {"basis": "pixel"}, epsilon=1.25, budget=1500, restricted=True),
     Mode("square", "l2", epsilon=1.25, restricted=True),
     Mode("square", "linf", epsilon=1.25, budget=2500, restricted=True),
@@ -151,7 +155,7 @@ MODES = [
     Mode("qeba", factors=(2.5, 2.35)),
     Mode("qeba", options={"subspace": "resize"}, factors=(2.65, 2.5)),
     Mode("qeba", options={"subspace": "pca"}, targeted=True, factors=(1.3, 1.25)),
-    Mode("qeba", "linf"),
+    Mode("qeba", "linf", factors=(2.4, 2.1)),
     Mode("sign-opt", factors=(1.4, 1.05)),
     Mode("sign-opt", targeted=True, factors=(1.15, 1.02)),
     Mode("sign-opt", "linf", factors=(3.1, 2.1)),

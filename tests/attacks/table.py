@@ -135,7 +135,7 @@ MODES = [
     Mode("zo-sign-sgd", "linf", epsilon=1.25, budget=4000, restricted=True),
     Mode("zo-sign-sgd", "linf", {"difference": "central"}, targeted=True, epsilon=1.25, budget=4000, restricted=True),
     Mode("zo-sign-sgd", "linf", {"difference": "vote"}, epsilon=1.25, restricted=True),
-    Mode("sign-hunter", "l2", epsilon=1.3, own=1.254, budget=416, restricted=True),
+    Mode("sign-hunter", "l2", epsilon=1.3, own=1.267, budget=416, restricted=True),
     Mode("sign-hunter", "linf", epsilon=1.25, budget=416, restricted=True),
     Mode("sign-hunter", "linf", targeted=True, epsilon=1.25, budget=416, restricted=True),
     Mode("simba", factors=(1.35, 1.3)),

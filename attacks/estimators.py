@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from robustbox.distances import distance
 from robustbox.protocol import Answer, Knob, Query, Task
 
-from .moves import HELD_BYTES, ROW_BYTES
+from .moves import ROW_BYTES
+from .noise import Noise
 from .random import Rays
 from .subspaces import Sampler
 
@@ -176,10 +177,11 @@ class Prober:
         total, losses = torch.zeros_like(point), []
         chunk = max(ROW_BYTES // (width * point.numel() * point.element_size()), 1)
         for start in range(0, draws, chunk):
-            noise = _Noise(self.task.generator, self.sample, min(chunk, draws - start), point)
-            answer = yield self._query(walk, noise, width)
+            size = min(chunk, draws - start)
+            noise, scales = Noise(self.task.generator, self.sample, size, point), point.new_full((size,), self._scale())
+            answer = yield self._query(walk, noise, scales, width)
             judged = self.judge(answer)
-            slopes, known = self._slopes(judged, noise.scales, base)
+            slopes, known = self._slopes(judged, scales, base)
             u = noise.get()
             total += (slopes @ (u.sign() if self.vote else u).flatten(1)).view_as(total)
             losses.append(judged[known.repeat_interleave(2) if self.paired else known])
@@ -200,7 +202,8 @@ class Prober:
         slopes = torch.where(known, rise / run, 0.0)
         return slopes.sign() if self.vote else slopes, known
 
-    def _query(self, walk: Walk, noise: _Noise, width: int) -> Query:
+    def _query(self, walk: Walk, noise: Noise, scales: Tensor, width: int) -> Query:
+        """The probes around where a walk stands; `scales` [draws] follows those that are drawn again."""
         point, ball = walk.point, walk.ball
 
         def rows(u: Tensor, sigma: float) -> Tensor:
@@ -209,12 +212,13 @@ class Prober:
 
         def redraw(positions: list[int]) -> Tensor:
             again = sorted({position // width for position in positions})
-            fresh = rows(noise.renew(again, self._scale()), self._scale())
+            scales[again] = self._scale()
+            fresh = rows(noise.renew(again), self._scale())
             place = {draw: k for k, draw in enumerate(again)}
             return fresh[[place[position // width] * width + position % width for position in positions]]
 
         self.knob.draw = lambda value, n: rows(self.sample(-(-n // width)), value)[:n]
-        drawn = rows(noise.draw(self._scale()), self._scale())
+        drawn = rows(noise.draw(), self._scale())
         groups = tuple(k // width for k in range(len(drawn))) if width > 1 else None
         return Query(drawn, "probe", redraw, (self.knob, *self.knobs), groups)
 
@@ -242,44 +246,3 @@ def visible(task: Task, sigma: float) -> float:
 def sigma_knob(task: Task) -> Knob:
     """The knob `sigma`, noise of probes: 0.001 to 0.5 a pixel before clipping. It proposes the image until `draw` is set."""
     return Knob("sigma", 1e-3, 0.5, lambda value, n: task.image.expand(n, *task.image.shape))
-
-
-class _Noise:
-    """The noise u [size,C,H,W] of one query and the scale at which each was asked [size].
-
-    Many searches wait side by side: large noise is not held until the answer is there, but drawn again from the state of the
-    stream in which it was drawn; held it is once some of it was redrawn.
-    """
-
-    def __init__(self, generator: torch.Generator, sample: Sampler, size: int, like: Tensor) -> None:
-        self._generator, self._sample, self._size = generator, sample, size
-        self._small = size * like.numel() * like.element_size() <= HELD_BYTES
-        self._held: Tensor | None = None
-        self._state: Tensor | None = None
-        self.scales = like.new_empty(size)
-
-    def draw(self, scale: float) -> Tensor:
-        """All of it, for the first time."""
-        self.scales.fill_(scale)
-        self._state = None if self._small else self._generator.get_state()
-        noise = self._sample(self._size)
-        self._held = noise if self._small else None
-        return noise
-
-    def renew(self, draws: list[int], scale: float) -> Tensor:
-        """Other noise for these draws."""
-        fresh = self._sample(len(draws))
-        self._held = self.get()
-        self._held[draws], self.scales[draws] = fresh, scale
-        return fresh
-
-    def get(self) -> Tensor:
-        """The noise that was asked last."""
-        if self._held is not None:
-            return self._held
-        assert self._state is not None  # drawn, and not held
-        now = self._generator.get_state()
-        self._generator.set_state(self._state)
-        noise = self._sample(self._size)
-        self._generator.set_state(now)
-        return noise

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from robustbox.protocol import ANSWERED, Answer, Kind, Knob, Query, Task
 
+from .noise import Noise
 from .subspaces import Sampler, sampler
 
 ROW_BYTES = 64 * 2**20
 """Memory of one query's rows: 111 rows of 3 x 224 x 224."""
-HELD_BYTES = 2**20
-"""Memory of the noise that a search keeps while it waits: 85 rows of 3 x 32 x 32."""
 MAX_HALVINGS = 50
 OUTWARD = 5
 """Doublings of the steps by which `hold` goes outward, from 1/32 of the way to the end."""
@@ -263,67 +262,33 @@ def estimate_normal(
     total, drift, positive, answered = torch.zeros_like(point), torch.zeros_like(point), 0, 0
     chunk = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
     for start in range(0, count, chunk):
-        probes = _Probes(task, point, sigma, sample, knob, min(chunk, count - start))
-        answer = yield Query(probes.draw(), redraw=probes.redraw, knobs=(knob,) if knob else ())
-        noise = probes.noise().flatten(1)
+        drawn = Noise(task.generator, sample, min(chunk, count - start), point)
+        answer = yield _probes(point, drawn, sigma, sample, knob)
+        noise = drawn.get().flatten(1)
         reached, known = task.reached(answer), answer.status == ANSWERED
         signs = (2 * reached.float() - known.float()).to(point.device)
         total += (signs @ noise).view_as(total)
         if centred:
             drift += (known.float().to(point.device) @ noise).view_as(drift)
         positive, answered = positive + int(reached.sum()), answered + int(known.sum())
-        del probes, noise
+        del drawn, noise
     share = positive / answered if answered else math.nan
     if centred and 0 < positive < answered:
         total.sub_(drift, alpha=2 * share - 1)
     return total, share
 
 
-class _Probes:
-    """The rows of one query of `estimate_normal` and their noise u [size,C,H,W].
+def _probes(point: Tensor, noise: Noise, sigma: float, sample: Sampler, knob: Knob | None) -> Query:
+    """The query for the rows clip(point + sigma u), which can be drawn again at the scale that is then in force."""
+    root = math.sqrt(point.numel())
 
-    Many searches wait side by side: large noise is not held until the answer is there, but drawn again from the state of the
-    stream in which it was drawn; held it is once some of it was redrawn.
-    """
+    def rows(u: Tensor, scale: float) -> Tensor:
+        return torch.add(point, u, alpha=scale).clamp_(0, 1)
 
-    def __init__(self, task: Task, point: Tensor, sigma: float, sample: Sampler, knob: Knob | None, size: int) -> None:
-        self._task, self._point, self._sigma, self._sample, self._knob = task, point, sigma, sample, knob
-        self._size = size
-        self._noise: Tensor | None = None
-        self._state: Tensor | None = None
-        if knob is not None:
-            knob.draw = lambda radius, n: self._rows(sample(n), radius / math.sqrt(point.numel()))
+    def scale() -> float:
+        return sigma if knob is None or knob.value is None else knob.value / root
 
-    def draw(self) -> Tensor:
-        """All rows, for the first time."""
-        held = self._size * self._point.numel() * self._point.element_size() <= HELD_BYTES
-        self._state = None if held else self._task.generator.get_state()
-        noise = self._sample(self._size)
-        self._noise = noise if held else None
-        return self._rows(noise, self._scale())
-
-    def redraw(self, positions: list[int]) -> Tensor:
-        """Fresh rows for these positions, at the scale that is now in force (`Query.redraw`)."""
-        self._noise = self.noise()
-        fresh = self._sample(len(positions))
-        self._noise[positions] = fresh
-        return self._rows(fresh, self._scale())
-
-    def noise(self) -> Tensor:
-        """The noise of the rows that were asked last."""
-        if self._noise is not None:
-            return self._noise
-        assert self._state is not None  # drawn, and not held
-        now = self._task.generator.get_state()
-        self._task.generator.set_state(self._state)
-        noise = self._sample(self._size)
-        self._task.generator.set_state(now)
-        return noise
-
-    def _scale(self) -> float:
-        if self._knob is None or self._knob.value is None:
-            return self._sigma
-        return self._knob.value / math.sqrt(self._point.numel())
-
-    def _rows(self, noise: Tensor, sigma: float) -> Tensor:
-        return torch.add(self._point, noise, alpha=sigma).clamp_(0, 1)
+    if knob is not None:
+        knob.draw = lambda radius, n: rows(sample(n), radius / root)
+    knobs = () if knob is None else (knob,)
+    return Query(rows(noise.draw(), scale()), "probe", lambda which: rows(noise.renew(which), scale()), knobs)

@@ -49,6 +49,7 @@ from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Query, Search, Task
 
 from .moves import ROW_BYTES, bisect_arc, find_start, hold, radius_knob
+from .noise import Noise
 from .rays import descend
 
 LEVELS_OF_NOISE = 1.3
@@ -171,38 +172,24 @@ class _Ray:
 
 
 class _Probes:
-    """The rows of one query for a gradient, and their directions u [size,C,H,W], each of length 1 in the norm.
-
-    Many searches wait side by side: directions are not held until the answer is there, but then drawn again from the state of
-    the stream; held are only those that were redrawn.
-    """
+    """The rows of one query for a gradient, and their directions u [size,C,H,W], each of length 1 in the norm."""
 
     def __init__(self, ray: _Ray, beta: float, knob: Knob, size: int) -> None:
-        self._ray, self._beta, self._knob, self._size = ray, beta, knob, size
-        self._state = ray.task.generator.get_state()
-        self._fresh: dict[int, Tensor] = {}
+        self._ray, self._beta, self._knob = ray, beta, knob
+        self._noise = Noise(ray.task.generator, self._drawn, size, ray.theta)
         knob.draw = lambda radius, n: self._rows(self._drawn(n), radius)
 
     def draw(self) -> Tensor:
         """All rows, for the first time."""
-        return self._rows(self._drawn(self._size), self._knob.value)
+        return self._rows(self._noise.draw(), self._knob.value)
 
     def redraw(self, positions: list[int]) -> Tensor:
         """Fresh rows for these positions, at the scale that is now in force (`Query.redraw`)."""
-        fresh = self._drawn(len(positions))
-        self._fresh |= dict(zip(positions, fresh, strict=True))
-        return self._rows(fresh, self._knob.value)
+        return self._rows(self._noise.renew(positions), self._knob.value)
 
     def directions(self) -> Tensor:
         """Those of the rows that were asked last."""
-        generator = self._ray.task.generator
-        now = generator.get_state()
-        generator.set_state(self._state)
-        drawn = self._drawn(self._size)
-        generator.set_state(now)
-        for position, fresh in self._fresh.items():
-            drawn[position] = fresh
-        return drawn
+        return self._noise.get()
 
     def _drawn(self, n: int) -> Tensor:
         generator = self._ray.task.generator

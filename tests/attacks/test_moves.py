@@ -157,7 +157,7 @@ def test_noise_that_is_drawn_again_is_the_noise_that_was_sent(monkeypatch: pytes
     point = (image + 0.2 * flat.normal)[None]
     held = []
     for limit in (0, 2**20):
-        monkeypatch.setattr(moves, "HELD_BYTES", limit)
+        monkeypatch.setattr("robustbox.attacks.noise.HELD_BYTES", limit)
         of = task(image)
         sample = sampler("dct", (3, 8, 8), 2, of.generator)
         (total, _), (query,) = drive(estimate_normal(of, point, 0.001, 40, sample), of, flat)
@@ -168,7 +168,7 @@ def test_noise_that_is_drawn_again_is_the_noise_that_was_sent(monkeypatch: pytes
 @pytest.mark.parametrize("limit", [0, 2**20])
 def test_what_was_redrawn_is_what_the_estimate_sums(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Also where the noise was not held, and the stream was used between the query and its answer."""
-    monkeypatch.setattr(moves, "HELD_BYTES", limit)
+    monkeypatch.setattr("robustbox.attacks.noise.HELD_BYTES", limit)
     flat = Flat((3, 8, 8), 0.2)
     image = flat.images(1)[0]
     point = (image + 0.2 * flat.normal)[None]

@@ -115,7 +115,7 @@ def test_noise_that_is_not_held_is_drawn_again(monkeypatch: pytest.MonkeyPatch) 
     model = Slope(SHAPE, 0.1)
     estimates = []
     for limit in (2**20, 0):
-        monkeypatch.setattr("robustbox.attacks.estimators.HELD_BYTES", limit)
+        monkeypatch.setattr("robustbox.attacks.noise.HELD_BYTES", limit)
         of = task(model.images(1)[0], norm="linf", epsilon=0.1)
         estimate = prober(of).estimate(Walk(of, Ball(of, 0.1), of.image[None]), 4)
         query = next(estimate)

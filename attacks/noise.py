@@ -1,0 +1,56 @@
+"""The noise of one query: drawn, forgotten where it is large, and drawn again when the answer is there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .subspaces import Sampler
+
+HELD_BYTES = 2**20
+"""Memory of the noise that a search keeps while it waits: 85 rows of 3 x 32 x 32."""
+
+
+class Noise:
+    """Noise u [size,C,H,W] from a stream.
+
+    Many searches wait side by side: large noise is not held until the answer is there, but drawn again from the state of the
+    stream in which it was drawn; held it is once some of it was renewed.
+
+    Args:
+        generator: the stream from which `sample` draws.
+        sample: draws n of them.
+        size: how many.
+        like: what one of them is as large as, [1,C,H,W].
+    """
+
+    def __init__(self, generator: torch.Generator, sample: Sampler, size: int, like: Tensor) -> None:
+        self._generator, self._sample, self._size = generator, sample, size
+        self._small = size * like.numel() * like.element_size() <= HELD_BYTES
+        self._held: Tensor | None = None
+        self._state: Tensor | None = None
+
+    def draw(self) -> Tensor:
+        """All of it, for the first time."""
+        self._state = None if self._small else self._generator.get_state()
+        noise = self._sample(self._size)
+        self._held = noise if self._small else None
+        return noise
+
+    def renew(self, positions: list[int]) -> Tensor:
+        """Other noise at these positions."""
+        fresh = self._sample(len(positions))
+        self._held = self.get()
+        self._held[positions] = fresh
+        return fresh
+
+    def get(self) -> Tensor:
+        """The noise that was asked last."""
+        if self._held is not None:
+            return self._held
+        assert self._state is not None  # drawn, and not held
+        now = self._generator.get_state()
+        self._generator.set_state(self._state)
+        noise = self._sample(self._size)
+        self._generator.set_state(now)
+        return noise

@@ -10,7 +10,7 @@ and the walk goes where a proposal reaches the goal. Both steps are adapted by s
 steps, of which every `period`-th round asks one, epsilon by that of proposals. A success multiplies a step by
 exp(rate (1 - p)), a failure by exp(-rate p), which holds the ratio at p.
 
-Query cost: `batch` rows a round, `batch` rows more in every `period`-th; the start search (`moves.find_start`) and one
+Query cost: `batch` rows a round, `batch` rows more in every `period`-th; the start search (`starts.find_start`) and one
 bisection of at most 7 rows come first.
 
 Deviations from the paper's algorithm:
@@ -41,7 +41,9 @@ from torch import Tensor
 from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Search, Task
 
-from .moves import Drawn, bisect_line, find_start, hold
+from .moves import bisect_line, hold
+from .noise import Drawn
+from .starts import find_start
 
 ORTHOGONAL, SOURCE = 0.28, 0.12
 """Success ratios at which the two steps are held."""

@@ -11,7 +11,7 @@ of it is further from x than x_b. The two variants differ in how they walk on it
 CGBA-H high curvature (targeted).
 
 Query cost of iteration i: n_i + ceil(log2(pi R / 2 tol)) rows for CGBA, about n_i + 1 + ceil(log2(R / tol)) for CGBA-H; the
-start search (`moves.find_start`) and one line search come first.
+start search (`starts.find_start`) and one line search come first.
 
 Deviations from the paper's algorithm:
 
@@ -43,7 +43,8 @@ from torch.nn import functional as F
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, Attack, Norm, Query, Search, Task
 
-from .moves import bisect_arc, bisect_line, estimate_normal, find_start, hold, radius_knob
+from .moves import bisect_arc, bisect_line, estimate_normal, hold, radius_knob
+from .starts import find_start
 from .subspaces import Subspace, sampler
 
 NOISE_LENGTH = 0.05

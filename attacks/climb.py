@@ -14,7 +14,7 @@ from torch import Tensor, cat
 from robustbox.protocol import Answer, Knob, Query, Task
 
 from .losses import Loss, losses
-from .moves import Drawn
+from .noise import Drawn
 
 Draw = Callable[[], Tensor]
 """Draws a row [1,C,H,W]."""

@@ -40,7 +40,7 @@ What this adapter decides:
 - Rows are clamped to [0, 1]: foolbox leaves the box by rounding (-3e-8). A row with NaN ends the image with an error:
   foolbox divides 0 by 0 where its iterate falls on the image. No supported class can loop without asking, so the
   budget ends the loops that have no other end.
-- A targeted search starts where our own attacks do (`moves.find_start`; foolbox asks its user for `starting_points`),
+- A targeted search starts where our own attacks do (`starts.find_start`; foolbox asks its user for `starting_points`),
   unless `init_attack` is given: the name of a foolbox class, or a foolbox object. So does BinarizationRefinementAttack.
 - The norm of the run sets `constraint` and `distance`. `tensorboard` is no option: it writes outside the run's folder.
 - What foolbox raises ends the image with that message: no start was found, or an assertion failed that does not expect
@@ -71,7 +71,7 @@ from robustbox.errors import InputError, unknown_name
 from robustbox.protocol import ANSWERED, NORMS, Answer, Attack, Norm, Search, Task
 
 from .guest import Ask, Guest, Randomness
-from .moves import find_start
+from .starts import find_start
 
 _L2: tuple[Norm, ...] = ("l2",)
 _LINF: tuple[Norm, ...] = ("linf",)

@@ -13,7 +13,7 @@ The paper splits a budget over the iterations by N_t = N_0 lambda^(-2 t / 3) (th
 the largest number for which N_0 is at least `n0`. Estimates are summed over the iterations, as in the authors' code.
 
 Query cost of iteration t: N_t + s + about ceil(log2(sqrt(d) / 10)) rows, 10 at 3 x 32 x 32, where s is 1 + the directions that
-failed, at most `DIRECTIONS`; the start search (`moves.find_start`) and one line search come first.
+failed, at most `DIRECTIONS`; the start search (`starts.find_start`) and one line search come first.
 
 Deviations from the paper's algorithm:
 
@@ -47,7 +47,8 @@ from robustbox.protocol import Answer, Attack, Norm, Query, Search, Task
 
 from .cgba import LARGE, LEVELS_OF_NOISE, NOISE_LENGTH
 from .hop_skip_jump import FURTHER
-from .moves import bisect_arc, bisect_line, estimate_normal, find_start, hold, radius_knob
+from .moves import bisect_arc, bisect_line, estimate_normal, hold, radius_knob
+from .starts import find_start
 from .subspaces import Subspace, sampler
 
 DIRECTIONS = 4

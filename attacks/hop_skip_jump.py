@@ -11,7 +11,7 @@ Noise and tolerance come from one number theta (section III-C): delta_t = sqrt(d
 dimensions, and bisection ends at theta of the distance.
 
 Query cost of iteration t: B_t + s + about ceil(log2(1 / theta)) rows, 10 at 3 x 32 x 32, where s is 1 + the halvings, at most
-`STEPS`; the start search (`moves.find_start`) and one bisection come first.
+`STEPS`; the start search (`starts.find_start`) and one bisection come first.
 
 Deviations from the paper's algorithm:
 
@@ -41,7 +41,8 @@ from robustbox.errors import InputError
 from robustbox.protocol import Answer, Attack, Norm, Query, Search, Task
 
 from .cgba import LEVELS_OF_NOISE, NOISE_LENGTH
-from .moves import bisect_arc, bisect_line, estimate_normal, find_start, hold, radius_knob
+from .moves import bisect_arc, bisect_line, estimate_normal, hold, radius_knob
+from .starts import find_start
 from .subspaces import Sampler, sampler
 
 STEPS = 12

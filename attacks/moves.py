@@ -8,137 +8,21 @@ is longer than its docstring says, whatever the black box answers, and no query 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
 
-from robustbox.protocol import ANSWERED, Answer, Kind, Knob, Query, Task
+from robustbox.protocol import ANSWERED, Answer, Knob, Query, Task
 
 from .noise import Noise
-from .subspaces import Sampler, sampler
+from .subspaces import Sampler
 
 ROW_BYTES = 64 * 2**20
 """Memory of one query's rows: 111 rows of 3 x 224 x 224."""
 MAX_HALVINGS = 50
 OUTWARD = 5
 """Doublings of the steps by which `hold` goes outward, from 1/32 of the way to the end."""
-
-
-@dataclass(slots=True, eq=False)
-class Drawn:
-    """Rows of a query that can be drawn again one by one, if they are random; `rows` are those that were asked last.
-
-    Args:
-        rows: [n,C,H,W].
-        draw: draws the row of a position [1,C,H,W]; None where rows are not random.
-    """
-
-    rows: Tensor
-    draw: Callable[[int], Tensor] | None = None
-
-    def query(self, kind: Kind, knobs: tuple[Knob, ...] = ()) -> Query:
-        """The request for these rows."""
-        return Query(self.rows, kind, self.redraw if self.draw else None, knobs)
-
-    def redraw(self, positions: list[int]) -> Tensor:
-        """Fresh rows [k,C,H,W] for these positions (`Query.redraw`)."""
-        assert self.draw is not None
-        fresh = torch.cat([self.draw(position) for position in positions])
-        self.rows = self.rows.clone()  # the rows that were sent stay as they are
-        self.rows[positions] = fresh
-        return fresh
-
-
-def find_start(task: Task, patterns: int = 4, rivals: int = 10) -> Generator[Query, Answer, Tensor | None]:
-    """A point that reaches the goal [1,C,H,W], or None: far from the image, but not needlessly.
-
-    Candidates come in stages, each one query; the first stage with a success ends the search:
-
-    - targeted: the `rivals` images of the target class in the pool that are nearest to the image;
-    - untargeted: the image plus random patterns at amplitudes 1/16, 1/4 and 1 a pixel, each in `patterns` kinds of the
-      finest period (2 x 2 pixels, to which networks with strides are weakest), one coarse (8 x 8 cells) and one white;
-    - black, white and grey; untargeted also the `rivals` nearest images of other classes in the pool;
-    - the image under white noise of amplitude 1/8, 1/2, 2 and 8 a pixel, four times each; then, at the last of them, where
-      nothing of it is left, nine times four more.
-
-    The successes of that stage are shortened towards the image together, four times, and the shortest is returned.
-
-    Cost: at most 3 (patterns + 2) + rivals + 55 rows for the stages, and 4 rows for each success of one stage.
-    """
-    for stage in _starts(task, patterns, rivals):
-        reached = task.reached((yield stage.query("init")))
-        if reached.any():
-            return (yield from _shortest(task, stage.rows[reached.to(stage.rows.device)]))
-    return None
-
-
-def _starts(task: Task, patterns: int, rivals: int) -> Iterator[Drawn]:
-    """The stages of `find_start`."""
-    image = task.image
-    channels, height, width = image.shape
-    noise = partial(sampler, shape=(channels, height, width), generator=task.generator)
-
-    def along(amplitude: float, rays: Tensor) -> Tensor:
-        return torch.add(image, rays, alpha=amplitude).clamp_(0, 1)
-
-    def one_along(amplitude: float, kinds: list[Sampler], position: int) -> Tensor:
-        return along(amplitude, kinds[position](1))
-
-    if task.target is not None:
-        yield from _pool(task, rivals)
-    else:
-        side = min(height, width)
-        fine, coarse, white = noise("tiles", factor=side / 2), noise("grid", factor=side / 8), noise("full", factor=1)
-        kinds = [fine] * patterns + [coarse, white]
-        rays = torch.cat([fine(patterns), coarse(1), white(1)])
-        for amplitude in (1 / 16, 1 / 4, 1.0):
-            yield Drawn(along(amplitude, rays), partial(one_along, amplitude, kinds))
-    flat = torch.tensor([0.0, 1.0, 0.5], device=image.device).view(3, 1, 1, 1)
-    yield Drawn(flat.repeat(1, channels, height, width))
-    if task.target is None:
-        yield from _pool(task, rivals)
-    white = noise("full", factor=1)
-    for amplitude in (1 / 8, 1 / 2, 2.0, *[8.0] * 10):
-        yield Drawn(along(amplitude, white(4)), partial(one_along, amplitude, [white] * 4))
-
-
-def _pool(task: Task, count: int) -> Iterator[Drawn]:
-    """One stage: the pool's images of the target class (untargeted: of other classes) that are nearest to the image, l2."""
-    if task.pool is None:
-        return
-    images, labels = task.pool
-    chosen = (labels != task.label if task.target is None else labels == task.target).nonzero().flatten()
-    if len(chosen):
-        # One image at a time: a pool may be large and is not copied.
-        distance = torch.stack([torch.dist(images[i].to(task.image.device), task.image) for i in chosen.tolist()])
-        nearest = chosen[distance.argsort()[:count].to(chosen.device)]
-        yield Drawn(images[nearest.to(images.device)].to(task.image.device))
-
-
-def _shortest(task: Task, ends: Tensor, halvings: int = 4) -> Generator[Query, Answer, Tensor]:
-    """Shorten lines from the image to ends [n,C,H,W] together: a bisection of their common length l2.
-
-    A line that fails at a length where another one succeeds is out of the race. Cost: at most `halvings` n rows.
-    """
-    image = task.image
-    rays = ends - image
-    lengths = torch.linalg.vector_norm(rays.flatten(1), dim=1)
-    best = lengths.argmin()
-    point, far = ends[best], float(lengths[best])
-    rays = rays / lengths.view(-1, 1, 1, 1)
-    near = 0.0
-    for _ in range(halvings):
-        length = (near + far) / 2
-        rows = (image + rays * length).clamp_(0, 1)
-        reached = task.reached((yield Query(rows, "line"))).to(rows.device)
-        if reached.any():
-            rays, point, far = rays[reached], rows[reached][0], length
-        else:
-            near = length
-    return point[None]
 
 
 def bisect_arc(

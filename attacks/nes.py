@@ -15,7 +15,7 @@ partial         `top` = k. The target's probability is seen while it is among th
 information     L = 1 - p_target. Starts from an image of the target class in a ball that holds it, and closes in: wherever L
                 is small (0.2) it tries to shrink the ball by a share on the way of the step. A candidate that loses the
                 target from the top k is tried again at half the step and half the share, at most 8 times; a success doubles
-                the share again. Targeted. Cost: `moves.find_start`; an iteration 2 n rows and 1 to 8 for candidates.
+                the share again. Targeted. Cost: `starts.find_start`; an iteration 2 n rows and 1 to 8 for candidates.
 label-only      `copies` = c. No scores: L = 1 - S, where S is the share of c copies of a probe with noise U(-spread, spread)
                 that have the target's label; else as above, with k = 1. Cost an iteration: 2 n c rows and 1 to 8.
 
@@ -50,7 +50,7 @@ from robustbox.protocol import ANSWERED, Answer, Attack, Norm, Query, Search, Ta
 
 from .estimators import LENGTHS, Ball, Estimate, Prober, Walk, gaussian
 from .losses import Loss, check_loss, losses
-from .moves import find_start
+from .starts import find_start
 
 SURE = 0.2
 """Loss below which the ball may shrink: the authors' threshold, cross-entropy 0.2 and 0.15, as a probability."""

@@ -1,9 +1,14 @@
-"""The noise of one query: drawn, forgotten where it is large, and drawn again when the answer is there."""
+"""What a query draws at random: its noise, forgotten where it is large and drawn again, and rows that can be drawn again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from robustbox.protocol import Kind, Knob, Query
 
 from .subspaces import Sampler
 
@@ -54,3 +59,28 @@ class Noise:
         noise = self._sample(self._size)
         self._generator.set_state(now)
         return noise
+
+
+@dataclass(slots=True, eq=False)
+class Drawn:
+    """Rows of a query that can be drawn again one by one, if they are random; `rows` are those that were asked last.
+
+    Args:
+        rows: [n,C,H,W].
+        draw: draws the row of a position [1,C,H,W]; None where rows are not random.
+    """
+
+    rows: Tensor
+    draw: Callable[[int], Tensor] | None = None
+
+    def query(self, kind: Kind, knobs: tuple[Knob, ...] = ()) -> Query:
+        """The request for these rows."""
+        return Query(self.rows, kind, self.redraw if self.draw else None, knobs)
+
+    def redraw(self, positions: list[int]) -> Tensor:
+        """Fresh rows [k,C,H,W] for these positions (`Query.redraw`)."""
+        assert self.draw is not None
+        fresh = torch.cat([self.draw(position) for position in positions])
+        self.rows = self.rows.clone()  # the rows that were sent stay as they are
+        self.rows[positions] = fresh
+        return fresh

@@ -12,7 +12,7 @@ than 3; in the same cases of flips all p_i fall or rise by 0.001. A kept flip al
 did. p stays within 0.99 and 0.9999. With a factor f > 1, eta and s are drawn on the image made f times smaller and enlarged
 bilinearly (s: the sign of that).
 
-Query cost: 2 rows an iteration; the start search (`moves.find_start`) and a bisection of 10 rows come first. Black boxes
+Query cost: 2 rows an iteration; the start search (`starts.find_start`) and a bisection of 10 rows come first. Black boxes
 that are stochastic are asked again for x + delta in each iteration: at least 1 row more.
 
 Deviations from the paper's algorithm:
@@ -43,8 +43,9 @@ from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, Attack, Knob, Norm, Query, Search, Task
 
-from .moves import bisect_arc, find_start, hold
+from .moves import bisect_arc, hold
 from .rays import dither, on_levels
+from .starts import find_start
 
 PERIOD, OFTEN, SELDOM = 10, 0.7, 0.3
 """Iterations between adaptations, and the shares of kept moves beyond which there is one."""

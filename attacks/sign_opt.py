@@ -15,7 +15,7 @@ are tried. Where eta has become less than 1e-4, it is 1 again and beta a tenth.
 
 Query cost of an iteration: Q rows, 1 row a step tried, and for each step that shortens the distance about
 2 log2(1 + gain / tolerance) + 1 more; the tolerance is beta g / (2 sqrt(n)) for images of n values. The start search
-(`moves.find_start`) and a bisection of log2(2 sqrt(n) / beta) rows come first. Black boxes that are stochastic are asked
+(`starts.find_start`) and a bisection of log2(2 sqrt(n) / beta) rows come first. Black boxes that are stochastic are asked
 again for the best point in each iteration: at least 1 row more.
 
 Deviations from the paper's algorithm:
@@ -48,9 +48,10 @@ from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Query, Search, Task
 
-from .moves import ROW_BYTES, bisect_arc, find_start, hold, radius_knob
+from .moves import ROW_BYTES, bisect_arc, hold, radius_knob
 from .noise import Noise
 from .rays import descend
+from .starts import find_start
 
 LEVELS_OF_NOISE = 1.3
 """Least noise a pixel in grey levels where rows are rounded: below one level, rounding hides it."""

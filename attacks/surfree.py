@@ -18,7 +18,7 @@ Directions are drawn in the frequency domain, v = A r: r is -1, 0 or 1 at random
 the image or of its 8 x 8 blocks, and A is 1 (`constant`) or tanh of what the image holds there (`tanh`).
 
 Query cost of an iteration: at most 2 T rows; after a success `halvings` more, and at s = +-1 about 1 to double the angle;
-`interpolate` takes about `halvings` + 1. The start search (`moves.find_start`) and one line search come first.
+`interpolate` takes about `halvings` + 1. The start search (`starts.find_start`) and one line search come first.
 
 The knob `angle` is the least angle of a row in degrees, 1 to 80: no step turns by less, and no bracket is halved below it. A
 step that is drawn again takes another v. After a refusal the largest angle grows, as after a success.
@@ -48,7 +48,9 @@ from robustbox.errors import InputError, unknown_name
 from robustbox.protocol import Answer, Attack, Knob, Norm, Query, Search, Task
 
 from .cgba import semicircle
-from .moves import Drawn, bisect_arc, bisect_line, find_start, hold
+from .moves import bisect_arc, bisect_line, hold
+from .noise import Drawn
+from .starts import find_start
 from .subspaces import Sampler, dct_matrix, inverse_dct
 
 Basis = Literal["dct", "dct-8x8"]

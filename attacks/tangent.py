@@ -15,7 +15,7 @@ the ball on the adversarial side. In the plane of u and x - x_t = a e - b u, e o
 3. comes back to the boundary by bisection on the line from x to k.
 
 Query cost of iteration t: floor(n0 sqrt(t)) + s + about ceil(log2(1 / theta)) rows, where s is 1 + the halvings, at most
-`STEPS`; the start search (`moves.find_start`) and one bisection come first.
+`STEPS`; the start search (`starts.find_start`) and one bisection come first.
 
 Deviations from the paper's algorithm: those of `hop_skip_jump`; and L is at most R_t / sqrt(2), for the tangent point of the
 first L, R_1 itself, is x.

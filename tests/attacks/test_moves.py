@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from robustbox.attacks import moves
-from robustbox.attacks.moves import bisect_arc, bisect_line, estimate_normal, find_start, hold, radius_knob
+from robustbox.attacks.moves import bisect_arc, bisect_line, estimate_normal, hold, radius_knob
+from robustbox.attacks.starts import find_start
 from robustbox.attacks.subspaces import sampler
 from robustbox.protocol import REJECTED, Answer, Query
 from tests.attacks.analytic import Flat, drive, task

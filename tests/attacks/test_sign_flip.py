@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from robustbox import run_attack
-from robustbox.attacks.moves import find_start
 from robustbox.attacks.sign_flip import SignFlip
+from robustbox.attacks.starts import find_start
 from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import REJECTED, Answer, Query, Task

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from robustbox import run_attack
+from robustbox.attacks.directions import Basis, Directions, Weights, proposal
 from robustbox.attacks.subspaces import dct_matrix
-from robustbox.attacks.surfree import LARGEST, Basis, Directions, Plane, SurFree, Weights, proposal
+from robustbox.attacks.surfree import LARGEST, Plane, SurFree
 from robustbox.errors import InputError
 from robustbox.protocol import REJECTED, Answer, Knob
 from tests.attacks.analytic import Flat, drive, task, unit

@@ -117,6 +117,8 @@ class StatefulGate(BlackBox):
     neither stored nor counted. Secrets come from (seed, scope), and stay when a history is reset.
     """
 
+    stateful = True
+
     def __init__(self, inner: BlackBox, defense: StatefulDefense, seed: int) -> None:
         self.inner: BlackBox = inner
         self.name = f"{inner.name} behind {defense.name}"

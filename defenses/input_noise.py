@@ -58,7 +58,7 @@ class NoisyInputs(BlackBox):
     def __init__(self, inner: BlackBox, noise: InputNoise, seed: int) -> None:
         self.inner: BlackBox = inner
         self.name = f"{inner.name} behind {noise.name}"
-        self.device, self.input_shape = inner.device, inner.input_shape
+        self.device, self.input_shape, self.stateful = inner.device, inner.input_shape, inner.stateful
         self.classes, self.scores = inner.classes, inner.scores
         self._noise, self._seed = noise, seed
         self._streams: dict[int, torch.Generator] = {}

@@ -250,6 +250,7 @@ class Contest:
             "accounts": rules.accounts,
             "seed": rules.seed,
             "stochastic": oracle.box.stochastic,
+            "stateful": oracle.box.stateful,
             "max_rows": self._fused,
             "seconds": dict(self._seconds),
             "rows_per_second": oracle.charged / attack_seconds if attack_seconds else None,

@@ -70,6 +70,7 @@ class BlackBox(ABC):
         classes: number of classes K, or None where not known before the first answer.
         scores: what `Answer.scores` holds; None where not known before the first answer.
         stochastic: the same row may be answered differently when it is asked again.
+        stateful: an answer depends on what was asked before; a defense around such a black box is stateful too.
         inner: the black box that this one defends, or None where it stands for itself.
     """
 
@@ -79,6 +80,7 @@ class BlackBox(ABC):
     classes: int | None = None
     scores: Scores | None = None
     stochastic: bool = False
+    stateful: bool = False
     inner: BlackBox | None = None
 
     @abstractmethod

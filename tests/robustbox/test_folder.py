@@ -42,6 +42,7 @@ def outcome() -> AttackResult:
         "accounts": None,
         "seed": 3,
         "stochastic": True,
+        "stateful": False,
         "max_rows": 32,
         "seconds": {"clean": 0.1, "attack": 1.0, "verify": 0.2},
         "rows_per_second": float("inf"),

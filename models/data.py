@@ -65,6 +65,13 @@ def digits(train: bool = False) -> Data:
     return _data(bunch.images[chosen, None] / 16, bunch.target[chosen], DIGITS_CLASSES, name)
 
 
+def digits_part(part: str) -> Data:
+    """A part of scikit-learn's digits: `train`, the 1437 that `digits-cnn` was trained on, or `test`, as `digits`."""
+    if part not in ("train", "test"):
+        raise unknown_name("part of digits", part, ("train", "test"))
+    return digits(train=part == "train")
+
+
 def foolbox_samples(dataset: str) -> Data:
     """The 20 sample images of a data set that come with foolbox; `imagenet` is resized to 224x224."""
     import foolbox

@@ -67,7 +67,7 @@ def run_attack(
             the distance until the budget is spent.
         targets: classes to reach, N of them or one for all; None is untargeted.
         budget: queries (rows) an image.
-        defense: a name, a Defense, or a list of them, outermost first.
+        defense: a name, a file that `robustbox.defend` wrote, a Defense, or a list of them, outermost first.
         knowledge: what the attack sees: `label`, `top-K`, `score`, `logit`; None grants the least that it needs.
         levels: grey levels that rows are rounded to before the model sees them (256 for an 8-bit API); images are rounded
             first, and distances are between rounded images.

@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from robustbox import registry
+from robustbox.defense_file import is_file
 from robustbox.errors import InputError, unknown_name
 from robustbox.protocol import Norm
 
@@ -45,7 +46,8 @@ class AttackConfig:
             or a list with one class an image; default: untargeted.
         budget: queries (rows) that each image may cost.
         total_budget: queries that all images together may cost; default: no such limit.
-        defense: a name (see --list) or a list of names, outermost first. Options of a single one are --defense.NAME.
+        defense: a name (see --list), a file that robustbox.defend wrote, or a list, outermost first. Options of a single
+            name are --defense.NAME.
         knowledge: what the attacker sees of an answer: label, top-K (as top-5), score or logit; default: the least that
             the attack needs.
         levels: round queries to so many grey levels before the model sees them: 256 for an API that takes 8-bit images.
@@ -106,11 +108,11 @@ def parse(argv: Sequence[str]) -> Command:
     words = [_canonical(word) for word in argv]
     factories = {kind: _factory(kind, name) for kind, name in _peek(words).items() if name is not None}
     parser = _parser(factories)
-    words = _spelled_out(words, factories)
+    words = spelled_out(words, _switches(factories))
     try:
         given: dict[str, Any] = parser.parse_args(words).as_dict()
     except argparse.ArgumentError as error:
-        raise _explained(error, parser) from None
+        raise explained(error, parser) from None
     config = AttackConfig(**{f.name: given[f.name] for f in fields(AttackConfig) if f.name in given})
     return Command(config, listing="list" in given, dry_run="dry_run" in given, quiet="quiet" in given)
 
@@ -139,21 +141,22 @@ def _parser(factories: dict[str, Factory]) -> ArgumentParser:
         parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=meaning)
     parser.add_class_arguments(AttackConfig, None, skip=set(_OPTIONS.values()))
     for kind, factory in factories.items():
-        _add_options(parser, kind, factory)
+        title = f"options of {kind} {getattr(factory, 'name', factory.__name__)}"
+        add_options(parser, factory, f"{_OPTIONS[kind]}.", title)
     return parser
 
 
-def _add_options(parser: ArgumentParser, kind: str, factory: Factory) -> None:
-    """The factory's parameters as options.
+def add_options(parser: ArgumentParser, factory: Factory, prefix: str, title: str) -> None:
+    """The factory's parameters as options `--PREFIXname`.
 
     Their types are resolved here: jsonargparse cannot where a dataclass and its base stand in two modules that postpone
     annotations.
     """
-    group = parser.add_argument_group(f"options of {kind} {getattr(factory, 'name', factory.__name__)}")
+    group = parser.add_argument_group(title)
     hints, meanings = _hints(factory), _meanings(factory)
     for name, parameter in inspect.signature(factory).parameters.items():
         default = None if parameter.default is parameter.empty else parameter.default
-        group.add_argument(f"--{_OPTIONS[kind]}.{name}", type=hints[name], default=default, help=meanings.get(name))
+        group.add_argument(f"--{prefix}{name}", type=hints[name], default=default, help=meanings.get(name))
 
 
 def _hints(factory: Factory) -> dict[str, Any]:
@@ -179,11 +182,15 @@ def _canonical(word: str) -> str:
     return f"--{name}{equals}{value}"
 
 
-def _spelled_out(words: list[str], factories: dict[str, Factory]) -> list[str]:
-    """Bare switches with their value: `--keep_going` means `--keep_going=true`."""
+def _switches(factories: dict[str, Factory]) -> set[str]:
     switches = {f"--{f.name}" for f in fields(AttackConfig) if f.type == "bool"}
     for kind, factory in factories.items():
         switches |= {f"--{_OPTIONS[kind]}.{name}" for name, hint in _hints(factory).items() if hint is bool}
+    return switches
+
+
+def spelled_out(words: list[str], switches: set[str]) -> list[str]:
+    """Bare switches with their value: `--keep_going` means `--keep_going=true`."""
     pairs = zip(words, [*words[1:], "--"], strict=False)
     return [f"{word}=true" if word in switches and after.startswith("--") else word for word, after in pairs]
 
@@ -205,7 +212,8 @@ def _peek(words: list[str]) -> dict[str, str | None]:
 
 
 def _is_single(name: object) -> bool:
-    return isinstance(name, str) and not name.startswith("[") and name not in ("null", "none")
+    # A defense's file carries its own options.
+    return isinstance(name, str) and not name.startswith("[") and name not in ("null", "none") and not is_file(name)
 
 
 def _read(path: str | None) -> dict[str, Any]:
@@ -228,7 +236,7 @@ def _factory(kind: str, name: str) -> Factory:
     return factory
 
 
-def _explained(error: argparse.ArgumentError, parser: ArgumentParser) -> InputError:
+def explained(error: argparse.ArgumentError, parser: ArgumentParser) -> InputError:
     """The parser's complaint as one line that names options as they are typed."""
     message = " ".join(str(error).split())
     options = [option for action in parser._actions for option in action.option_strings]

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from robustbox import registry
+from robustbox.defense_file import is_file, read_defense
 from robustbox.errors import InputError, unknown_name
 from robustbox.identity import sha256
 from robustbox.protocol import NORMS, Attack, BlackBox, Defense, Norm
@@ -134,13 +135,19 @@ def resolve_defenses(
     if defense is None:
         defense = []
     chain = list(defense) if isinstance(defense, Sequence) and not isinstance(defense, str) else [defense]
-    if options and not (len(chain) == 1 and isinstance(chain[0], str)):
+    if options and not (len(chain) == 1 and isinstance(chain[0], str) and not is_file(chain[0])):
         raise InputError("defense_options go with the name of one defense; of several, pass Defense objects")
-    built = [_build("defense", registry.load("defenses", d), d, options) if isinstance(d, str) else d for d in chain]
+    built = [_defense(d, options) if isinstance(d, str) else d for d in chain]
     for item in built:
         if not isinstance(item, Defense):
             raise InputError(f"defense must be a name or a Defense, not {type(item).__name__}")
     return built
+
+
+def _defense(name: str, options: Mapping[str, Any] | None) -> Any:
+    if is_file(name):
+        return read_defense(name)
+    return _build("defense", registry.load("defenses", name), name, options)
 
 
 def _build(what: str, factory: Any, name: str, options: Mapping[str, Any] | None) -> Any:

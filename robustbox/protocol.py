@@ -14,9 +14,9 @@ the black box.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -103,6 +103,17 @@ class Defense(ABC):
     def options(self) -> dict[str, object]:
         """The hyper-parameters, for the record."""
         return dict(vars(self))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the defense learnt, by name, for its file; a defense that is all hyper-parameters has none."""
+        return {}
+
+    @classmethod
+    def from_tensors(cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The defense whose `options` and `tensors` these are."""
+        if tensors:
+            raise TypeError(f"{cls.__name__} has no tensors")
+        return cls(**options)
 
     @abstractmethod
     def wrap(self, box: BlackBox, seed: int) -> BlackBox:

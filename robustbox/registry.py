@@ -1,7 +1,8 @@
 """Finds attacks, defenses, models and data by name, through entry points: the same door for ours and a third party's.
 
-Groups are `robustbox.attacks`, `robustbox.defenses`, `robustbox.models` and `robustbox.data`. Beside each stands a group
-of schemes (`robustbox.attacks.schemes`, ...): the scheme S answers for every name `S:REST` by a function that takes REST.
+Groups are `robustbox.attacks`, `robustbox.defenses`, `robustbox.trainers` (which make defenses), `robustbox.models` and
+`robustbox.data`. Beside each stands a group of schemes (`robustbox.attacks.schemes`, ...): the scheme S answers for every
+name `S:REST` by a function that takes REST.
 """
 
 from __future__ import annotations
@@ -14,9 +15,15 @@ from typing import Any, Literal
 
 from robustbox.errors import InputError, unknown_name
 
-Kind = Literal["attacks", "defenses", "models", "data"]
+Kind = Literal["attacks", "defenses", "trainers", "models", "data"]
 
-_ARTICLES: dict[str, str] = {"attacks": "attack", "defenses": "defense", "models": "model", "data": "data set"}
+_ARTICLES: dict[str, str] = {
+    "attacks": "attack",
+    "defenses": "defense",
+    "trainers": "trainer",
+    "models": "model",
+    "data": "data set",
+}
 
 
 @cache

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ["torchvision", "timm", "foolbox", "eagerpy", "sklearn", "scipy", "jsonargparse", "rich", "plotly", "botorch"]
+HEAVY = ["torchvision", "timm", "foolbox", "eagerpy", "sklearn", "scipy", "jsonargparse", "rich", "plotly", "botorch", "jinja2"]
 PARTS = ["attacks", "defenses", "models"]
 WHERE = """
 import json, robustbox, robustbox.attacks, robustbox.defenses, robustbox.models, robustbox.registry as registry
@@ -87,6 +87,7 @@ def test_wheel_holds_one_package_with_its_data(wheel: Path, root: Path) -> None:
     data = [path for path in (root / "models").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
     assert data, "the zoo has no weights"
     assert {f"robustbox/models/{path.relative_to(root / 'models').as_posix()}" for path in data} <= set(names)
+    assert {f"robustbox/templates/{path.name}" for path in (root / "robustbox/templates").iterdir()} <= set(names)
 
 
 def test_wheel_works_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ class ModuleBox(LocalBox):
     def _run(self, rows: Tensor) -> Any:
         if not getattr(self.module, "training", False):  # frozen TorchScript has no modes
             return self.module(rows)
-        with _evaluating(self.module):
+        with evaluating(self.module):
             return self.module(rows)
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -205,7 +205,7 @@ def _checked(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, and every part of it back into the mode it was in.
 
     The flags are set one by one: `train()` would turn on parts that were off, and exported programs lack `eval()`.

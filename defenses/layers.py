@@ -40,7 +40,7 @@ def find(network: nn.Module, at: Sequence[str]) -> list[Place]:
         input        what the first convolution or linear layer is given
         stem         what the first stage is given; in networks without a stem, the output of the first layer
         stage:K      the output of stage K, from 1 (0: the stem): `layer1`, ... of a ResNet, the children of `stages`,
-                     `layers` or `blocks`; of a plain `features`, its parts (VGG: up to each pooling); else each layer but the last
+                     `layers` or `blocks`; of a plain `features`, its parts (VGG: each pooling); else each layer but the last
         block:K      what block K is given, from 0: the residual stream of a transformer, mixer or residual network
         conv:K, linear:K   what the K-th convolution or linear layer is given, from 0
         penultimate  what the last convolution or linear layer is given (in classifiers the pooled features)
@@ -75,14 +75,14 @@ def intercepted(places: Sequence[Place], edit: Callable[[int, Tensor], Tensor | 
         def pre(_: nn.Module, args: Any, kwargs: Any) -> Any:
             if threading.get_ident() != here:
                 return None
-            new, changed = _edited(args, lambda tensor: edit(k, tensor))
-            return (new, kwargs) if changed else None
+            if not args:
+                return args, _edited(kwargs, lambda tensor: edit(k, tensor))
+            return _edited(args, lambda tensor: edit(k, tensor)), kwargs
 
         def post(_: nn.Module, args: Any, output: Any) -> Any:
             if threading.get_ident() != here:
                 return None
-            new, changed = _edited(output, lambda tensor: edit(k, tensor))
-            return new if changed else None
+            return _edited(output, lambda tensor: edit(k, tensor))
 
         return pre if side == "pre" else post
 
@@ -99,29 +99,25 @@ def intercepted(places: Sequence[Place], edit: Callable[[int, Tensor], Tensor | 
         yield
 
 
-def _edited(value: Any, edit: Callable[[Tensor], Tensor | None]) -> tuple[Any, bool]:
-    """A module's input or output with its first floating tensor edited, and whether that changed it."""
+def _edited(value: Any, edit: Callable[[Tensor], Tensor | None]) -> Any:
+    """A module's input or output with its first floating tensor edited; the very same object where nothing is."""
     if isinstance(value, Tensor):
         new = edit(value) if value.is_floating_point() else None
-        return (value, False) if new is None else (new, True)
-    if isinstance(value, dict):
-        items, kind = list(value.items()), lambda pairs: type(value)(pairs)  # noqa: E731
-    elif isinstance(value, tuple | list):
-        items = list(enumerate(value))
-        kind = lambda pairs: _like(value, [item for _, item in pairs])  # noqa: E731
-    else:
-        return value, False
-    for position, (key, item) in enumerate(items):
+        return value if new is None else new
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, tuple | list) else ()
+    for key in keys:
+        item = value[key]
         if isinstance(item, Tensor) and item.is_floating_point():
             new = edit(item)
-            if new is None:
-                return value, False
-            items[position] = (key, new)
-            return kind(items), True
-    return value, False
+            return value if new is None else _with(value, key, new)
+    return value
 
 
-def _like(value: Any, items: list[Any]) -> Any:
+def _with(value: Any, key: Any, item: Tensor) -> Any:
+    """A copy of a dict, list or tuple with one item exchanged."""
+    if isinstance(value, dict):
+        return type(value)({**value, key: item})
+    items = [*value[:key], item, *value[key + 1 :]]
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
@@ -176,11 +172,12 @@ def stages(network: nn.Module) -> list[nn.Module]:
                 return list(children[name].children())
         if isinstance(children.get("features"), nn.Sequential):
             return _parts(list(children["features"].children()))
-    return [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)][:-1]
+    layers: list[nn.Module] = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return layers[:-1]
 
 
 def _parts(features: list[nn.Module]) -> list[nn.Module]:
-    """Stages of a plain sequence: where it is one of blocks, those (without the stem that it begins with), else the poolings."""
+    """Stages of a plain sequence: where it has blocks, those without the stem that it begins with, else the poolings."""
     whole = [part for part in features if list(part.children())]
     if len(whole) > 1:
         return whole[1:] if whole[0] is features[0] else whole
@@ -192,8 +189,8 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for stage in stages(network):
         inside = getattr(stage, "blocks", stage)
-        sequence = isinstance(inside, nn.Sequential | nn.ModuleList) and len(inside) > 0
-        found += list(inside.children()) if sequence and all(len(list(b.children())) for b in inside) else [stage]
+        parts = list(inside.children()) if isinstance(inside, nn.Sequential | nn.ModuleList) else []
+        found += parts if parts and all(list(part.children()) for part in parts) else [stage]
     return found
 
 

@@ -161,6 +161,8 @@ def test_the_first_floating_tensor_of_a_structure_is_edited_and_nothing_else() -
     network, x = Odd(), torch.rand(3, 1, 2, 2)
     with intercepted(find(network, ["first"]), lambda _, h: h + 1):
         assert torch.equal(network(x), x.flatten(1) + 1)
+    with intercepted(find(network, ["pre:second"]), lambda _, h: 2 * h):
+        assert torch.equal(network(x), 2 * x.flatten(1))
     assert torch.equal(network(x), x.flatten(1))
     assert not network.first._forward_hooks
 

@@ -13,7 +13,19 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ["torchvision", "timm", "foolbox", "eagerpy", "sklearn", "scipy", "jsonargparse", "rich", "plotly", "botorch", "jinja2"]
+HEAVY = [
+    "torchvision",
+    "timm",
+    "foolbox",
+    "eagerpy",
+    "sklearn",
+    "scipy",
+    "jsonargparse",
+    "rich",
+    "plotly",
+    "botorch",
+    "jinja2",
+]
 PARTS = ["attacks", "defenses", "models"]
 WHERE = """
 import json, robustbox, robustbox.attacks, robustbox.defenses, robustbox.models, robustbox.registry as registry

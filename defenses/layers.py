@@ -104,16 +104,25 @@ def _edited(value: Any, edit: Callable[[Tensor], Tensor | None]) -> Any:
     if isinstance(value, Tensor):
         new = edit(value) if value.is_floating_point() else None
         return value if new is None else new
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, tuple | list) else ()
-    for key in keys:
-        item = value[key]
-        if isinstance(item, Tensor) and item.is_floating_point():
-            new = edit(item)
-            return value if new is None else _with(value, key, new)
+    for key in _keys(value):
+        if _holds_one(item := value[key]):
+            new = _edited(item, edit)
+            return value if new is item else _with(value, key, new)
     return value
 
 
-def _with(value: Any, key: Any, item: Tensor) -> Any:
+def _keys(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, dict) else [*range(len(value))] if isinstance(value, tuple | list) else []
+
+
+def _holds_one(value: Any) -> bool:
+    """Whether a value is or holds a floating tensor."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    return any(_holds_one(value[key]) for key in _keys(value))
+
+
+def _with(value: Any, key: Any, item: Any) -> Any:
     """A copy of a dict, list or tuple with one item exchanged."""
     if isinstance(value, dict):
         return type(value)({**value, key: item})

@@ -15,6 +15,7 @@ from robustbox.boxes import ModuleBox, evaluating
 from robustbox.errors import InputError
 from robustbox.oracle import Oracle
 from robustbox.protocol import BlackBox, Defense
+from robustbox.trainer import clerks
 
 from .layers import find, intercepted
 
@@ -124,13 +125,13 @@ def calibrate(
 def right(
     oracle: Oracle, box: BlackBox, images: Tensor, truth: NDArray[np.int64], account: int, fused: int
 ) -> NDArray[np.bool_]:
-    """Which images a black box gets right, each sent from an account of its own: bool [N]."""
+    """Which images a black box gets right, sent from accounts of the evaluator's from number `account` on: bool [N]."""
     hits = []
     door = Oracle(box)
     door.ledger = oracle.ledger
     for start in range(0, len(images), fused):
         rows = images[start : start + fused]
-        senders = torch.arange(account + start, account + start + len(rows))
+        senders = clerks(account + start, len(rows))
         hits.append(door.ask(rows, senders, {"calibrate": len(rows)}).labels.numpy() == truth[start : start + fused])
     return np.concatenate(hits)
 

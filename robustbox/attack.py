@@ -166,11 +166,16 @@ def _summed_up(result: AttackResult, norm: str) -> Table:
             "success on fresh draws": "success_fresh",
             "success undefended": "success_undefended",
         }
+    if meta["stochastic"]:
+        shares |= {"success with the noise off": "success_clean", "success both ways": "success_strict"}
     for title, key in shares.items():
         share = summary[key]
         if share["share"] is not None:
             interval = f"95 % interval {share['low']:.1%} to {share['high']:.1%}"
             table.add_row(title, f"{share['hits']} of {share['of']} = {share['share']:.1%} ({interval})")
+    if meta["stochastic"] and summary["success"]["of"]:
+        risks = ", ".join(f"{n}: {risk:.1%}" for n, risk in summary["replay_risk"].items())
+        table.add_row("replay risk after replays", risks)
     if result.rejected.any():
         share = result.rejected.sum() / result.queries.sum()
         burnt = f", accounts burnt: {result.accounts_burnt.sum()}" if result.accounts_burnt.any() else ""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robustbox.errors import InputError
-from robustbox.evaluator import clerk, draws, share_reached, undefended
+from robustbox.evaluator import Verdicts, clerk, draws, judge, quiet, share_reached, undefended
 from robustbox.folder import environment
 from robustbox.goals import goal
 from robustbox.identity import derive_seed, sha256, stream
@@ -83,8 +83,8 @@ class Contest:
             self._clerks.append(clerk(rules.seed, name, "verify", nth[name]))
             nth[name] += 1
         self._clean = np.zeros(len(labels), dtype=bool)
-        self._fresh = np.zeros(len(labels), dtype=bool)
-        self._bare = np.zeros(len(labels), dtype=bool)
+        self._verdicts = Verdicts.of(len(labels))
+        self._still = quiet(oracle, defenses, rules.seed)
         self._fused = _FUSED if rules.max_rows == "auto" else rules.max_rows
         self._seconds = dict.fromkeys(("clean", "attack", "verify"), 0.0)
         self._clock = time.perf_counter()
@@ -94,7 +94,8 @@ class Contest:
         n, bare = len(self.labels), undefended(self.oracle)
         attack = min(n * self.rules.budget, self.rules.total_budget or n * self.rules.budget)
         twice = 0 if bare.box is self.oracle.box else draws(bare)
-        return {"attack": attack, "verify": n * (2 * draws(self.oracle) + twice)}
+        thrice = 0 if self._still.box in (bare.box, self.oracle.box) else draws(self._still)
+        return {"attack": attack, "verify": n * (2 * draws(self.oracle) + twice + thrice)}
 
     def config(self) -> dict[str, Any]:
         """The contest under the names of the command line's options, as far as names can tell."""
@@ -191,18 +192,13 @@ class Contest:
         )
 
     def verify(self) -> None:
-        """Ask for every adversarial again: on the full pipeline, and on the undefended model where there is a defense."""
+        """Ask for every adversarial again: on the full pipeline, without its noise, and on the undefended model."""
         found = [i for i, record in enumerate(self._records) if inside(record.distance, self.rules.epsilon)]
         if found:
-            rows = self._adversarials()[found]
             goals = [goal(self.labels[i], self.targets[i]) for i in found]
             clerks = [self._clerks[i] for i in found]
-            self._fresh[found] = share_reached(self.oracle, rows, goals, clerks, self._fused) > 0.5
-            bare = undefended(self.oracle)
-            same = bare.box is self.oracle.box
-            self._bare[found] = (
-                self._fresh[found] if same else share_reached(bare, rows, goals, clerks, self._fused) > 0.5
-            )
+            rows = self._adversarials()[found]
+            judge(self._verdicts, found, self.oracle, self._still, rows, goals, clerks, self._fused)
         self._lap("verify")
 
     def result(self) -> AttackResult:
@@ -211,7 +207,7 @@ class Contest:
         reached = np.array([inside(record.distance, epsilon) for record in records])
         first = [next((query for query, far in record.trace if inside(far, epsilon)), 0) for record in records]
         return AttackResult(
-            success=self._fresh.copy() if self.oracle.box.stochastic else reached,
+            success=self._verdicts.fresh if self.oracle.box.stochastic else reached,
             distance=np.where(reached, [record.distance for record in records], np.nan),
             queries=np.array([record.spent for record in records], dtype=np.int64),
             first_success=np.array(first, dtype=np.int64),
@@ -219,8 +215,11 @@ class Contest:
             ledger=dict(self.oracle.ledger),
             clean_correct=self._clean,
             success_any=np.array([inside(record.lucky, epsilon) for record in records]),
-            success_fresh=self._fresh,
-            success_undefended=self._bare,
+            success_fresh=self._verdicts.fresh,
+            success_clean=self._verdicts.clean,
+            success_undefended=self._verdicts.undefended,
+            fresh_draws=self._verdicts.draws,
+            fresh_fooled=self._verdicts.fooled,
             rejected=np.array([record.refused for record in records], dtype=np.int64),
             first_rejected=np.array([record.first_refused for record in records], dtype=np.int64),
             accounts_burnt=np.array([record.burnt for record in records], dtype=np.int64),

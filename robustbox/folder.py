@@ -119,6 +119,8 @@ def read_run(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensor]:
 
 def document_of(result: AttackResult) -> dict[str, Any]:
     """results.json as plain JSON values; NaN and infinity become null."""
+    from robustbox.results import REPLAYS, share_of
+
     run = dict(result.meta)
     images = [
         {
@@ -128,7 +130,11 @@ def document_of(result: AttackResult) -> dict[str, Any]:
             "success": bool(result.success[i]),
             "success_any": bool(result.success_any[i]),
             "success_fresh": bool(result.success_fresh[i]),
+            "success_clean": bool(result.success_clean[i]),
+            "success_strict": bool(result.success_strict[i]),
             "success_undefended": bool(result.success_undefended[i]),
+            "fresh": share_of(int(result.fresh_fooled[i]), int(result.fresh_draws[i])),
+            "replay_risk": {str(n): float(result.replay_risk(n)[i]) for n in REPLAYS},
             "distance": float(result.distance[i]),
             "queries": int(result.queries[i]),
             "first_success": int(result.first_success[i]),

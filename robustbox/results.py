@@ -15,6 +15,9 @@ from robustbox.statistics import median, wilson
 MILESTONES = (50, 100, 250, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 """Query numbers at which summaries take the median distance, as far as the budget reaches."""
 
+REPLAYS = (10, 100)
+"""Numbers of replays at which results state the risk that one of them is answered wrongly."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttackResult:
@@ -32,7 +35,11 @@ class AttackResult:
         success_any: bool [N], some query reached the goal within epsilon, if only once.
         success_fresh: bool [N], the adversarial reached the goal again when the evaluator asked: in the majority of 25 draws
             where the black box is stochastic, else in one.
+        success_clean: bool [N], the adversarial reached the goal with the noise off: without the defenses that answer at random
+            (the same as fresh where none does, or where the model itself does).
         success_undefended: bool [N], the adversarial also fools the undefended model (the same as fresh without a defense).
+        fresh_draws: int64 [N], how often the evaluator asked the full pipeline for the adversarial; 0 without one.
+        fresh_fooled: int64 [N], in how many of these answers it reached the goal.
         rejected: int64 [N], rows that a stateful gate refused (they are charged like the others).
         first_rejected: int64 [N], the query (counted from 1) that was refused first; 0 = none was.
         accounts_burnt: int64 [N], accounts of the attacker that a gate banned.
@@ -53,7 +60,10 @@ class AttackResult:
     clean_correct: NDArray[np.bool_]
     success_any: NDArray[np.bool_]
     success_fresh: NDArray[np.bool_]
+    success_clean: NDArray[np.bool_]
     success_undefended: NDArray[np.bool_]
+    fresh_draws: NDArray[np.int64]
+    fresh_fooled: NDArray[np.int64]
     rejected: NDArray[np.int64]
     first_rejected: NDArray[np.int64]
     accounts_burnt: NDArray[np.int64]
@@ -65,6 +75,20 @@ class AttackResult:
 
     def __len__(self) -> int:
         return len(self.success)
+
+    @property
+    def success_strict(self) -> NDArray[np.bool_]:
+        """The adversarial holds on fresh draws and with the noise off, bool [N]: by nobody's luck."""
+        return self.success_fresh & self.success_clean
+
+    def replay_risk(self, n: int) -> NDArray[np.float64]:
+        """How likely one of n replays of an image's adversarial reaches the goal, 1 - (1 - p)^n, float64 [N].
+
+        p is the share of the evaluator's fresh draws that did; 0 without an adversarial.
+        """
+        p = self.fresh_fooled / np.maximum(self.fresh_draws, 1)
+        risk: NDArray[np.float64] = 1 - (1 - p) ** n
+        return risk
 
     def distance_at(self, queries: int) -> NDArray[np.float64]:
         """The least adversarial distance of each image within its first `queries` queries, [N]; inf until one is found.
@@ -93,19 +117,23 @@ class AttackResult:
             "success": (int(self.success.sum()), attacked),
             "success_any": (int(self.success_any.sum()), attacked),
             "success_fresh": (int(self.success_fresh.sum()), attacked),
+            "success_clean": (int(self.success_clean.sum()), attacked),
+            "success_strict": (int(self.success_strict.sum()), attacked),
             "success_undefended": (int(self.success_undefended.sum()), attacked),
         }
         return {
             "images": n,
             "misclassified": n - attacked,
-            **{name: _share(*counts) for name, counts in shares.items()},
+            **{name: share_of(*counts) for name, counts in shares.items()},
             "median_distance": {str(q): median(self.distance_at(q)[self.clean_correct]) for q in points},
-            "success_at": {str(q): _share(int(self.success_at(q).sum()), attacked) for q in points},
+            "success_at": {str(q): share_of(int(self.success_at(q).sum()), attacked) for q in points},
             "median_queries_to_success": median(self._censored_queries()),
             "queries": int(self.queries.sum()),
             "rejected": int(self.rejected.sum()),
             "accounts_burnt": int(self.accounts_burnt.sum()),
             "errors": sum(error is not None for error in self.errors),
+            "noise_only": int((self.success_fresh & ~self.success_clean).sum()),
+            "replay_risk": {str(n): float(self.replay_risk(n).sum()) / attacked if attacked else None for n in REPLAYS},
             "unconfirmed": int((self.success_any & ~self.success_fresh).sum()),
             "ledger": dict(self.ledger),
         }
@@ -116,6 +144,7 @@ class AttackResult:
         return np.where(first > 0, first, np.inf)
 
 
-def _share(hits: int, n: int) -> dict[str, Any]:
+def share_of(hits: int, n: int) -> dict[str, Any]:
+    """A share with its 95 % Wilson interval, as results state it."""
     low, high = wilson(hits, n)
     return {"hits": hits, "of": n, "share": hits / n if n else None, "low": low, "high": high}

@@ -14,6 +14,7 @@ from robustbox import inputs, registry
 from robustbox.boxes import as_black_box
 from robustbox.contest import Contest, Rules
 from robustbox.errors import InputError, ModelError
+from robustbox.evaluator import undefended
 from robustbox.folder import RunFolder, open_run
 from robustbox.loop import Progress
 from robustbox.oracle import Oracle, check_knowledge
@@ -56,8 +57,8 @@ def run_attack(
     one more where a defense stands before the model; 25 instead of one where the black box is stochastic).
 
     Args:
-        model: a zoo name, `timm:NAME`, `torchvision:NAME`, `file:PATH`, an nn.Module, or any callable from a batch
-            float32 [n,C,H,W] to scores [n,K] or labels [n].
+        model: a zoo name, `timm:NAME`, `torchvision:NAME`, `file:PATH`, `http://...`, `remote:FILE.yaml`, an nn.Module, or
+            any callable from a batch float32 [n,C,H,W] to scores [n,K] or labels [n].
         images: float [N,C,H,W] in [0, 1].
         labels: N true classes. Images that the model misclassifies are counted once and not attacked.
         attack: a name (`robustbox.list_attacks()`), `foolbox:CLASS`, or an Attack.
@@ -188,6 +189,7 @@ def _contest(
         box = recipe.wrap(box, seed)
     oracle = Oracle(box, knowledge or chosen.knowledge, levels, total_budget)
     check_knowledge(oracle.knowledge, chosen.knowledge, box)
+    inputs.check_levels(levels, undefended(oracle).box)
     clean = oracle.round(inputs.check_images(images, box))
     truth = inputs.check_labels(labels, len(clean), box.classes)
     aims = inputs.check_targets(targets, truth, box.classes)

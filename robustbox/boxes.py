@@ -51,7 +51,7 @@ class LocalBox(BlackBox):
         returned = self._run(rows)
         output = self._tensor(getattr(returned, "logits", returned), len(rows))
         if output.is_floating_point():
-            kind = self.scores if self.scores in ("probability", "logit") else _recognise(output)
+            kind = self.scores if self.scores in ("probability", "logit") else recognise(output)
             answer = Answer.of(output.argmax(dim=1), output)
             self.classes = self.classes or output.shape[1]
         else:
@@ -82,7 +82,8 @@ class LocalBox(BlackBox):
         )
 
 
-def _recognise(scores: Tensor) -> Scores:
+def recognise(scores: Tensor) -> Scores:
+    """Whether scores [n,K] are probabilities or logits, by what they look like."""
     inside = (scores >= 0) & (scores <= 1)
     whole = (scores.sum(dim=1) - 1).abs() <= _SUM_TOLERANCE
     return "probability" if bool(inside.all() & whole.all()) else "logit"

@@ -93,6 +93,12 @@ def check_threat(norm: str, epsilon: float | None, levels: int | None) -> Norm:
     return norm
 
 
+def check_levels(levels: int | None, box: BlackBox) -> None:
+    """Refuse rows that cannot travel to the model as they are."""
+    if box.levels is not None and levels != box.levels:
+        raise InputError(f"{box.name} takes images of {box.levels} grey levels: give levels={box.levels}")
+
+
 def check_count(value: object, what: str) -> None:
     """Refuse anything but a whole number of at least one."""
     if not _is_int(value) or value < 1:  # type: ignore[operator]

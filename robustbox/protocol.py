@@ -69,6 +69,7 @@ class BlackBox(ABC):
         input_shape: (C, H, W), or None where any size is taken.
         classes: number of classes K, or None where not known before the first answer.
         scores: what `Answer.scores` holds; None where not known before the first answer.
+        levels: grey levels of the rows that it takes (256 where they travel as 8 bits), or None: any.
         stochastic: the same row may be answered differently when it is asked again.
         stateful: an answer depends on what was asked before; a defense around such a black box is stateful too.
         inner: the black box that this one defends, or None where it stands for itself.
@@ -79,6 +80,7 @@ class BlackBox(ABC):
     input_shape: tuple[int, int, int] | None = None
     classes: int | None = None
     scores: Scores | None = None
+    levels: int | None = None
     stochastic: bool = False
     stateful: bool = False
     inner: BlackBox | None = None

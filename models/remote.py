@@ -1,0 +1,239 @@
+"""Models behind an address: `http://...` and `https://...` (a `robustbox.serve`), `remote:FILE.yaml` (anybody's service).
+
+docs/remote.md describes them. What a row costs is the service's to say; what we asked is counted here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robustbox.boxes import recognise
+from robustbox.errors import InputError, ModelError
+from robustbox.protocol import ANSWERED, Answer, BlackBox
+from robustbox.wire import SCORES
+
+from .courier import Courier, Message
+from .dialects import Dialect, Robustbox, Rows
+from .failures import Garbled
+from .price import Purse
+from .service_file import ServiceFile, read_service
+from .templates import Template
+
+TOKEN, ACCOUNT_TOKENS = "ROBUSTBOX_TOKEN", "ROBUSTBOX_ACCOUNT_TOKENS"
+"""The environment variables that hold tokens where no YAML file names others."""
+
+
+def http(rest: str) -> RemoteBox:
+    """A model that `python -m robustbox.serve` serves, by its address; a token stands in ROBUSTBOX_TOKEN."""
+    return _at(f"http:{rest}")
+
+
+def https(rest: str) -> RemoteBox:
+    """As http, over TLS."""
+    return _at(f"https:{rest}")
+
+
+def remote(path: str) -> RemoteBox:
+    """A model behind anybody's HTTP service, as a YAML file describes it (docs/remote.md)."""
+    service = read_service(path)
+    here = Path(path).parent
+    service = replace(
+        service,
+        ca_file=service.ca_file and str(here / service.ca_file),
+        ledger=service.ledger and str(here / service.ledger),
+    )
+    return RemoteBox(service, f"remote:{path}")
+
+
+def _at(url: str) -> RemoteBox:
+    parts = urlsplit(url)
+    if not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise InputError(
+            f"an address looks like {parts.scheme}://HOST:PORT/PATH, without names, passwords or ?...: a token stands in the "
+            f"environment variable {TOKEN}, or in one that a YAML file names (remote:FILE.yaml)"
+        )
+    token, accounts = (name if os.environ.get(name) else None for name in (TOKEN, ACCOUNT_TOKENS))
+    return RemoteBox(ServiceFile(url=url, token_env=token, account_tokens_env=token and accounts), url)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of a pass that go into one request."""
+
+    rows: Rows
+    accounts: NDArray[np.int64]
+    token: str | None
+
+
+class RemoteBox(BlackBox):
+    """A black box behind an HTTP service.
+
+    A pass is cut into requests of at most `batch` rows, of one token each. They go out in order: `concurrency` at once, but
+    one after the other where the service is stateful, so that it sees the rows in the order in which they were asked.
+
+    Args:
+        service: where it is and how it is spoken to.
+        name: how reports call it, and how it is asked for.
+
+    Raises:
+        InputError: it cannot be reached, refuses the token, or does not speak the language that it should.
+    """
+
+    def __init__(self, service: ServiceFile, name: str) -> None:
+        self.service, self.name = service, name
+        self._purse = Purse(service.price_per_1000, service.currency, service.max_cost, service.ledger)
+        self._courier = Courier(service, self._purse, self._key_header())
+        self.input_shape = None if service.input_shape is None else tuple(service.input_shape)  # type: ignore[assignment]
+        self.classes = service.classes
+        self.stochastic, self.stateful = service.stochastic, service.stateful
+        self._acts = False
+        self._reported: dict[str, Any] = {}
+        self._dialect: Dialect
+        if service.response is None:
+            self._dialect = Robustbox(service.request)
+            self._url = f"{service.url.rstrip('/')}/v1/answer"
+            self._introduce()
+        else:
+            classes = service.response.classes
+            self.classes = self.classes or (classes and len(classes)) or None
+            self.scores = "none" if service.response.scores is None else service.response.kind
+            self._dialect = Template(service.request, service.response, self.classes)
+            self._url = service.url
+        self.levels = self._dialect.levels
+        one_by_one = self.stateful or service.concurrency == 1
+        self._threads = None if one_by_one else ThreadPoolExecutor(service.concurrency, "remote")
+
+    def _key_header(self) -> str | None:
+        return "Idempotency-Key" if self.service.response is None else self.service.idempotency_header
+
+    def _introduce(self) -> None:
+        """Ask a robustbox service what it is; that costs no row."""
+        url = f"{self.service.url.rstrip('/')}/v1/model"
+        try:
+            found = self._courier.send(
+                "GET", url, Message(0, {}), self._courier.tokens.of(-1), _introduction, attempts=2
+            )
+        except ModelError as error:
+            raise InputError(
+                f"{error}; another service than robustbox.serve needs a YAML file: remote:FILE.yaml"
+            ) from None
+        self._reported = {"service": found["name"]}
+        shape = found["input_shape"]
+        self.input_shape = self.input_shape or (None if shape is None else tuple(shape))
+        self.classes = self.classes or found["classes"]
+        self.scores = found["scores"]
+        self.stochastic |= found["stochastic"]
+        self.stateful |= found["stateful"]
+        self._acts = bool(found["client"]["acts"]) and not self._courier.tokens.by_account
+        self._dialect.batch = min(self._dialect.batch, found["max_rows"])
+
+    @torch.no_grad()
+    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        """Answer rows float32 [n,C,H,W] in [0, 1], in as many requests as it takes.
+
+        Raises:
+            InputError: the service takes 8-bit images, and a row is not on their grid; no request was sent.
+            ModelError: the service failed, or there is not enough money; every row of the pass is lost.
+        """
+        parts = list(self._parts(rows.cpu().numpy(), accounts.cpu().numpy()))
+        messages = [self._dialect.say(part.rows, part.accounts if self._acts else None) for part in parts]
+        if self._threads is None or len(parts) == 1:
+            answers = [self._exchange(*pair) for pair in zip(messages, parts, strict=True)]
+        else:
+            running = [self._threads.submit(self._exchange, *pair) for pair in zip(messages, parts, strict=True)]
+            for waiting in wait(running, return_when=FIRST_EXCEPTION).not_done:
+                waiting.cancel()
+            wait([future for future in running if not future.cancelled()])
+            failed = [f for f in running if not f.cancelled() and f.exception() is not None]
+            answers = [(failed[0] if failed else future).result() for future in running]
+        return self._joined(answers, len(rows))
+
+    def _parts(self, rows: Rows, accounts: NDArray[np.int64]) -> Iterator[_Part]:
+        """The requests of a pass, in order: rows of one token, at most `batch`."""
+        tokens = [self._courier.tokens.of(account) for account in accounts.tolist()]
+        start = 0
+        while start < len(rows):
+            stop = start
+            while stop < len(rows) and stop - start < self._dialect.batch and tokens[stop] == tokens[start]:
+                stop += 1
+            yield _Part(rows[start:stop], accounts[start:stop], tokens[start])
+            start = stop
+
+    def _exchange(self, message: Message, part: _Part) -> Answer:
+        def read(response: httpx2.Response) -> Answer:
+            self.scores = self.scores or _told(response.headers.get(SCORES))
+            return self._dialect.hear(response, message.rows)
+
+        return self._courier.send("POST", self._url, message, part.token, read)
+
+    def _joined(self, answers: Sequence[Answer], n: int) -> Answer:
+        """The answers of all requests as one; a refused row has NaN for scores."""
+        labels = torch.cat([answer.labels for answer in answers])
+        status = torch.cat([answer.status for answer in answers])
+        given = [answer.scores for answer in answers if answer.scores is not None]
+        if not given:
+            return Answer(labels, None, status)
+        if len({scores.shape[1] for scores in given}) != 1:
+            raise ModelError(f"{self.name} answered scores of different numbers of classes")
+        self.classes = self.classes or given[0].shape[1]
+        blank = [torch.full((len(answer), given[0].shape[1]), torch.nan) for answer in answers]
+        each = zip(answers, blank, strict=True)
+        scores = torch.cat([none if answer.scores is None else answer.scores for answer, none in each])
+        if self.scores is None and bool((status == ANSWERED).any()):
+            self.scores = recognise(scores[status == ANSWERED])
+        return Answer(labels, scores, status)
+
+    def describe(self) -> dict[str, object]:
+        """What a result must record: the service, how it was spoken to, and what it cost. No token, and no header."""
+        service = self.service
+        return {
+            **super().describe(),
+            "kind": "remote",
+            "url": self._courier.shown(service.url),
+            **self._reported,
+            "language": "robustbox" if service.response is None else "template",
+            "levels": self.levels,
+            "lossy": self._dialect.lossy,
+            "batch": self._dialect.batch,
+            "concurrency": service.concurrency if self._threads is not None else 1,
+            "tls_verified": service.verify if service.url.startswith("https") else None,
+            "traffic": self._purse.describe(),
+        }
+
+
+def _introduction(response: httpx2.Response) -> dict[str, Any]:
+    """What a robustbox service says of itself."""
+    try:
+        found = response.json()
+        if found["protocol"] != 1:
+            raise Garbled(f"protocol {found['protocol']}, this robustbox speaks 1")
+        kinds = {"name": str, "stochastic": bool, "stateful": bool, "max_rows": int, "client": dict}
+        if any(not isinstance(found[key], kind) for key, kind in kinds.items()):
+            raise TypeError
+        shape, classes = found["input_shape"], found["classes"]
+        if shape is not None and (len(shape) != 3 or not all(isinstance(length, int) for length in shape)):
+            raise TypeError
+        if classes is not None and not isinstance(classes, int):
+            raise TypeError
+        found["scores"], found["client"]["acts"] = _told(found["scores"]), found["client"].get("acts", False)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if isinstance(error, Garbled):
+            raise
+        raise Garbled("no robustbox service") from error
+    return dict(found)
+
+
+def _told(scores: Any) -> Any:
+    return scores if scores in ("none", "probability", "logit") else None

@@ -137,8 +137,10 @@ class Courier:
         status = response.status_code
         charged = status not in self.service.retry.uncharged
         if not response.is_success and status not in self._verdicts():
-            what = f"HTTP {status} {self.tokens.hide(told(response))}".strip()
-            raise Failed(what, charged, status in AGAIN, retry_after(response))
+            what, asked = f"HTTP {status} {self.tokens.hide(told(response))}".strip(), retry_after(response)
+            if status in AGAIN and asked is not None and asked > self.service.retry.wait_most:
+                raise Failed(f"{what}; it asks to wait {asked:g} s", charged, again=False)
+            raise Failed(what, charged, status in AGAIN, asked)
         try:
             return read(response)
         except Garbled as error:
@@ -167,8 +169,6 @@ class Courier:
             return False
         if error.wait is None:
             return True
-        if error.wait > self.service.retry.wait_most:
-            return False
         with self._turn:
             self._next = max(self._next, time.monotonic() + error.wait)
         return error.wait
@@ -193,6 +193,8 @@ class Courier:
 
 
 def _trust(service: ServiceFile) -> ssl.SSLContext | bool:
+    if not service.url.startswith("https"):
+        return False  # nothing to verify; reading certificates takes time
     if not service.verify:
         log.warning("verify: false: whoever answers is believed to be the service")
         return False

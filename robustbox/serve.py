@@ -121,6 +121,8 @@ def build(config: ServeConfig) -> Service:
         inputs.check_count(config.budget, "--budget")
     if not 0 < config.request_megabytes <= 4096:
         raise InputError(f"--request-megabytes must be above 0 and at most 4096, not {config.request_megabytes}")
+    if not 0 <= config.port <= 65535:
+        raise InputError(f"--port must be from 0 to 65535, not {config.port}")
     if config.tokens is None and not _loopback(config.host):
         raise InputError(f"--host {config.host} can be reached from other machines: give --tokens FILE")
     clients = None if config.tokens is None else read_tokens(config.tokens)

@@ -19,9 +19,11 @@ from robustbox.service import Limits, Service
 @contextlib.contextmanager
 def running(application: Any, **settings: Any) -> Iterator[str]:
     """An ASGI application at an address of its own, while the block lasts."""
-    taken = socket.socket()
+    taken = socket.socket(proto=socket.IPPROTO_TCP)  # by which asyncio knows that it may send small answers at once
     taken.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(application, log_level="error", access_log=False, timeout_keep_alive=60, **settings))
+    server = uvicorn.Server(
+        uvicorn.Config(application, log_level="error", access_log=False, timeout_keep_alive=60, **settings)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
     thread.start()
     while not server.started:

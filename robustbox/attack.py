@@ -12,34 +12,24 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, TextIO, get_args
+from typing import TextIO, get_args
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from tqdm import tqdm
 
-from robustbox import registry
+from robustbox import registry, setting
 from robustbox.api import load_data, run_attack, worst_case
 from robustbox.boxes import as_black_box
 from robustbox.config import PROGRAM, AttackConfig, Command, parse
 from robustbox.errors import InputError, ModelError
 from robustbox.folder import open_run
-from robustbox.identity import sha256, stream
 from robustbox.loop import Progress
-from robustbox.protocol import BlackBox
 from robustbox.results import AttackResult
 
-SAMPLES = {
-    "cifar10-resnet20": "foolbox:cifar10",
-    "digits-cnn": "digits",
-    "imagenet-efficientnet-lite0": "foolbox:imagenet",
-}
-"""The data that each model of the zoo is attacked on unless told otherwise."""
-_IMAGES, _SHOWN = 20, 50
-"""Images attacked unless told otherwise; images shown one by one."""
+_SHOWN = 50
+"""Images shown one by one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,29 +58,11 @@ def run(command: Command) -> None:
     """Attack as the command says; the folder is written however the run ends."""
     config, console = command.config, Console(quiet=command.quiet)
     box = as_black_box(config.model, config.device)
-    name = config.data or _own_data(config.model)
+    name = config.data or setting.own_data(config.model)
     everything, classes = load_data(name)[:2]
-    n = _count(config.images, len(everything))
+    n = setting.count(config.images, len(everything))
     images, labels = everything[:n], classes[:n]
-    arguments: dict[str, Any] = {
-        "attack": config.attack,
-        "attack_options": config.attack_options,
-        "norm": config.norm,
-        "epsilon": config.epsilon,
-        "targets": _targets(config, box, images, labels),
-        "budget": config.budget,
-        "total_budget": config.total_budget,
-        "defense": config.defense,
-        "defense_options": config.defense_options,
-        "knowledge": config.knowledge,
-        "levels": config.levels,
-        "seed": config.seed,
-        "keep_going": config.keep_going,
-        "max_rows": config.max_rows,
-        "eot": config.eot,
-        "accounts": config.accounts,
-        "pool": _rest(everything, classes, n),
-    }
+    arguments = setting.arguments(config, box, everything, classes, n)
     if command.dry_run:
         return show_worst_case(worst_case(box, images, labels, **arguments), Console())
     out = config.out or _new_folder(config)
@@ -210,44 +182,6 @@ def show_names(console: Console) -> None:
         for name, line in registry.describe(kind).items():
             table.add_row(name, line)
         console.print(table)
-
-
-def _own_data(model: str) -> str:
-    if model not in SAMPLES:
-        raise InputError(f"model {model} comes with no images of its own: name some with --data (see --list)")
-    return SAMPLES[model]
-
-
-def _count(wanted: int | None, there: int) -> int:
-    if wanted is None:
-        return min(_IMAGES, there)
-    if not 1 <= wanted <= there:
-        raise InputError(f"--images must be from 1 to {there}, the size of the data set; not {wanted}")
-    return wanted
-
-
-def _targets(config: AttackConfig, box: BlackBox, images: Tensor, labels: Tensor) -> int | list[int] | None:
-    """Target classes as `run_attack` takes them; a random one depends on seed and image, not on its neighbours."""
-    if not isinstance(config.targets, str):
-        return config.targets
-    classes = box.classes
-    if classes is None or classes < 2:
-        raise InputError(
-            f"--targets {config.targets}: the model does not tell its number of classes, name them one by one"
-        )
-    if config.targets == "next":
-        return [(int(label) + 1) % classes for label in labels]
-    cpu = torch.device("cpu")
-    streams = [stream(cpu, config.seed, sha256(image), "target") for image in images]
-    steps = [int(torch.randint(1, classes, (1,), generator=generator)) for generator in streams]
-    return [(int(label) + step) % classes for label, step in zip(labels, steps, strict=True)]
-
-
-def _rest(images: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
-    """The images that are not attacked, nor copies of those that are: the attacker's own."""
-    attacked = {sha256(image) for image in images[:n]}
-    own = [i for i in range(n, len(images)) if sha256(images[i]) not in attacked]
-    return (images[own], labels[own]) if own else None
 
 
 def _new_folder(config: AttackConfig) -> str:

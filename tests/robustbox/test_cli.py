@@ -22,6 +22,7 @@ from robustbox.config import PROGRAM, AttackConfig, parse
 from robustbox.errors import InputError
 from robustbox.loop import Progress
 from robustbox.protocol import Answer
+from robustbox.setting import SAMPLES
 from tests.schema import check_document
 from tests.toys import Failing, HalfSpace, images
 
@@ -181,8 +182,8 @@ def test_the_pool_is_the_rest_without_copies_of_the_attacked(world: World, monke
 
 
 def test_every_model_of_the_zoo_comes_with_images() -> None:
-    assert set(cli.SAMPLES) == set(registry.names("models"))
-    assert {len(cli.load_data(data)[0]) for data in cli.SAMPLES.values()} == {20, 360}
+    assert set(SAMPLES) == set(registry.names("models"))
+    assert {len(cli.load_data(data)[0]) for data in SAMPLES.values()} == {20, 360}
 
 
 def test_images_default_to_twenty_or_all(world: World) -> None:

@@ -19,6 +19,7 @@ from robustbox.folder import RunFolder, open_run
 from robustbox.loop import Progress
 from robustbox.oracle import Oracle, check_knowledge
 from robustbox.protocol import Attack, BlackBox, Defense
+from robustbox.report import write_report
 from robustbox.results import AttackResult
 
 Model = str | BlackBox | nn.Module | Callable[[Tensor], Any]
@@ -121,11 +122,13 @@ def run_attack(
         except (ModelError, KeyboardInterrupt) as stop:
             found = contest.result()
             folder.write(found)
+            write_report(folder.path, contest.images)
             if isinstance(stop, ModelError):
                 stop.result = found
             raise
         result = contest.result()
         folder.write(result)
+        write_report(folder.path, contest.images)
     return result
 
 

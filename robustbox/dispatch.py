@@ -201,8 +201,7 @@ class Dispatch:
             refused = its != ANSWERED
             if refused.any():
                 record = piece.run.record
-                record.first_refused = record.first_refused or record.spent + int(refused.argmax()) + 1
-                record.refused += int(refused.sum())
+                record.refuse((record.spent + 1 + np.flatnonzero(refused)).tolist())
                 piece.run.banned |= bool((its == BANNED).any())
 
 

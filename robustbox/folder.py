@@ -140,6 +140,7 @@ def document_of(result: AttackResult) -> dict[str, Any]:
             "first_success": int(result.first_success[i]),
             "rejected": int(result.rejected[i]),
             "first_rejected": int(result.first_rejected[i]),
+            "refusals": result.refusals[i],
             "accounts_burnt": int(result.accounts_burnt[i]),
             "stop_reason": result.stop_reasons[i],
             "error": result.errors[i],

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 _DASHES = ("none", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
 _COLOURS = len(_DASHES)
-WIDTH, LEFT, RIGHT = 440.0, 58.0, 10.0
+WIDTH, LEFT, RIGHT = 440.0, 58.0, 16.0
 """Of every picture, and of the margins beside what is plotted; in CSS pixels at full width."""
 _HEIGHT, _TOP, _BOTTOM = 280.0, 10.0, 42.0
 

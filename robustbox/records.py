@@ -34,8 +34,7 @@ class Record:
         distance: its distance; inf where there is none.
         lucky: the least distance at which any answer was adversarial; less than `distance` where it was outvoted.
         trace: (query, distance) at every improvement; queries count from 1.
-        refused: rows that a gate rejected or no longer served.
-        first_refused: the first of them, counted from 1; 0 where there was none.
+        refusals: queries that a gate rejected or no longer served, as runs (first, last) that count from 1.
         burnt: accounts that a gate banned.
         stop: why the attack ended.
         error: the message of the exception that ended it, if one did.
@@ -49,13 +48,20 @@ class Record:
     distance: float = np.inf
     lucky: float = np.inf
     trace: list[tuple[int, float]] = field(default_factory=list)
-    refused: int = 0
-    first_refused: int = 0
+    refusals: list[tuple[int, int]] = field(default_factory=list)
     burnt: int = 0
     stop: StopReason = ""
     error: str | None = None
     _opened: int = 0
     _in_use: dict[int, int] = field(default_factory=dict)
+
+    def refuse(self, queries: list[int]) -> None:
+        """Note which queries, counted from 1 and ascending, were refused."""
+        for query in queries:
+            if self.refusals and self.refusals[-1][1] == query - 1:
+                self.refusals[-1] = (self.refusals[-1][0], query)
+            else:
+                self.refusals.append((query, query))
 
     @property
     def unopened(self) -> int | None:

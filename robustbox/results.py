@@ -40,8 +40,7 @@ class AttackResult:
         success_undefended: bool [N], the adversarial also fools the undefended model (the same as fresh without a defense).
         fresh_draws: int64 [N], how often the evaluator asked the full pipeline for the adversarial; 0 without one.
         fresh_fooled: int64 [N], in how many of these answers it reached the goal.
-        rejected: int64 [N], rows that a stateful gate refused (they are charged like the others).
-        first_rejected: int64 [N], the query (counted from 1) that was refused first; 0 = none was.
+        refusals: queries that a stateful gate refused, as runs (first, last), counted from 1; charged like the others.
         accounts_burnt: int64 [N], accounts of the attacker that a gate banned.
         stop_reasons: `success`, `budget`, `total-budget`, `banned` (the last account was), `finished` (the attack had no more
             to ask), `error`, `stopped` (the run ended early) or `misclassified`.
@@ -64,8 +63,7 @@ class AttackResult:
     success_undefended: NDArray[np.bool_]
     fresh_draws: NDArray[np.int64]
     fresh_fooled: NDArray[np.int64]
-    rejected: NDArray[np.int64]
-    first_rejected: NDArray[np.int64]
+    refusals: list[list[tuple[int, int]]]
     accounts_burnt: NDArray[np.int64]
     stop_reasons: list[str]
     errors: list[str | None]
@@ -89,6 +87,16 @@ class AttackResult:
         p = self.fresh_fooled / np.maximum(self.fresh_draws, 1)
         risk: NDArray[np.float64] = 1 - (1 - p) ** n
         return risk
+
+    @property
+    def rejected(self) -> NDArray[np.int64]:
+        """How many rows a stateful gate refused, [N]."""
+        return np.array([sum(last - first + 1 for first, last in runs) for runs in self.refusals], dtype=np.int64)
+
+    @property
+    def first_rejected(self) -> NDArray[np.int64]:
+        """The query (counted from 1) that was refused first, [N]; 0 = none was."""
+        return np.array([runs[0][0] if runs else 0 for runs in self.refusals], dtype=np.int64)
 
     def distance_at(self, queries: int) -> NDArray[np.float64]:
         """The least adversarial distance of each image within its first `queries` queries, [N]; inf until one is found.

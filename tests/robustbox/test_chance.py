@@ -168,6 +168,7 @@ def test_a_banned_attacker_takes_the_next_account_until_there_is_none(accounts: 
     assert result.queries.tolist() == [12 * accounts] * 2  # the query in which the ban came is charged whole
     assert result.rejected.tolist() == [3 * accounts] * 2
     assert result.first_rejected.tolist() == [10] * 2
+    assert result.refusals == [[(10, 12), (22, 24), (34, 36)][:accounts]] * 2
     attackers = [account for account, rows in box.sent.items() if rows == 12]
     assert len(attackers) == 2 * accounts
 

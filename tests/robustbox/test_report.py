@@ -45,8 +45,9 @@ def test_refusals_are_drawn_where_a_gate_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ended_early_has_a_report(tmp_path: Path) -> None:
+    failing = Failing(40, lambda answer: Answer.of(answer.labels[:-1]))
     with pytest.raises(ModelError):
-        run_attack(Failing(40, lambda answer: Answer.of(answer.labels[:-1])), images(3), [0] * 3, Walk(), budget=30, out=tmp_path / "run")
+        run_attack(failing, images(3), [0] * 3, Walk(), budget=30, out=tmp_path / "run")
     assert "stopped" in text_of((tmp_path / "run" / "report.html").read_text())
 
 

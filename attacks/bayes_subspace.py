@@ -47,13 +47,11 @@ n is at most 500, beyond which the oldest observations are forgotten.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from robustbox.distances import distance
 from robustbox.errors import InputError, unknown_name
@@ -61,7 +59,7 @@ from robustbox.protocol import ANSWERED, Answer, Attack, Norm, Query, Search, Ta
 
 from .decoders import Decoder, DecoderName, decoder
 from .losses import losses
-from .random import Rays
+from .search_space import WINDOW, SearchSpace
 
 if TYPE_CHECKING:
     from .gaussian_process import Process
@@ -71,8 +69,8 @@ Acquisition = Literal["ei", "poi", "pm", "ucb", "random", "sobol"]
 
 DIMENSIONS = 100
 """Of the default subspace, before rounding to whole cells."""
-WINDOW, FORGOTTEN = 500, 100
-"""Observations that a process holds at most, and the oldest that it forgets when it is full."""
+FORGOTTEN = 100
+"""Of the at most `WINDOW` observations of a process, the oldest that it forgets when it is full."""
 GROWTH = 1.5
 """Hyper-parameters are fitted whenever there are this many times more observations than at the last fit."""
 STAIRS, UP, DOWN = 15, 2.0, 1.26
@@ -81,9 +79,6 @@ UPPER_QUARTILE = 0.67
 """Of the standard normal distribution: where the staircase ends, in standard deviations of f."""
 LENGTHSCALE, NOISE = 2.0, 0.04
 """Of `distance`: nearly linear, and the noise's variance in units of that of f at random directions."""
-GLOBAL, LOCAL, SPREADS, CORNERS = 64, 32, (0.1, 0.3, 1.0), (0.45, 0.6, 1.0)
-"""Where an acquisition function is tried first: random directions, and so many at each spread around the best; between
-corners of the cube the spreads at which 1, 5 and 16 % of the cells change sides."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +144,15 @@ class BayesSubspace(Attack):
         name: DecoderName = self.decoder or ("nni" if task.norm == "linf" else "dct")
         return decoder(name, (channels, height, width), self.size or max(round(math.sqrt(DIMENSIONS / channels)), 1))
 
+    def space(self, task: Task) -> SearchSpace:
+        """Where the search takes its directions from."""
+        # Cells that are moved up or down whatever their size: only corners of the cube differ from each other.
+        corners = task.norm == "linf" and self.signs and self.decoder in (None, "nni")
+        return SearchSpace(task, self.subspace(task), self.signs, corners, self.acquisition == "sobol")
+
     def search(self, task: Task) -> Search:
         assert task.epsilon is not None  # needs_epsilon
-        space = Space(task, self)
+        space = self.space(task)
         while True:
             points = space.design(self.initial)
             answer = yield Query(space.rows(points, task.epsilon), "init")
@@ -166,7 +167,7 @@ class BayesSubspace(Attack):
             yield from self._by_value(task, task.epsilon, space, objective == "margin", points, answer)
 
     def _by_value(
-        self, task: Task, epsilon: float, space: Space, scored: bool, points: Tensor, answer: Answer
+        self, task: Task, epsilon: float, space: SearchSpace, scored: bool, points: Tensor, answer: Answer
     ) -> Search:
         """Search at radius epsilon by values of f: the margin of scores, or the paper's -1."""
         from .gaussian_process import Process
@@ -185,7 +186,7 @@ class BayesSubspace(Attack):
             if task.reached_any(answer):
                 return
 
-    def _by_side(self, task: Task, epsilon: float, space: Space) -> Search:
+    def _by_side(self, task: Task, epsilon: float, space: SearchSpace) -> Search:
         """Search by whether f is above thresholds: one bit a query, at any radius epsilon / threshold within the box."""
         from .gaussian_process import Process
 
@@ -218,7 +219,7 @@ class BayesSubspace(Attack):
             if not answer.status.any():
                 process.tell_side(points[0], threshold, above)
 
-    def _candidate(self, process: Process, space: Space) -> Tensor:
+    def _candidate(self, process: Process, space: SearchSpace) -> Tensor:
         """The next direction [1,d], a fresh one: where the acquisition function of what the process believes is highest."""
         from .gaussian_process import acquisition, maximise
 
@@ -231,67 +232,3 @@ class BayesSubspace(Attack):
         function = acquisition(self.acquisition, process, float(values[best]), self.beta)
         with torch.enable_grad():
             return maximise(function, space.starts(process.points[best]), space.asked, space.admit)[None]
-
-
-class Space:
-    """The directions that may be asked, and the rows that belong to them. Directions are float64 [n,dim] on the host.
-
-    Attributes:
-        asked: the directions of the last rows, refused ones too, [at most WINDOW,dim].
-
-    Args:
-        task: the image, its norm and its random stream.
-        attack: decoder, size, signs, and whether designs are those of a Sobol sequence.
-    """
-
-    def __init__(self, task: Task, attack: BayesSubspace) -> None:
-        self._task, self._signs = task, attack.signs
-        self._decode = attack.subspace(task)
-        self.dim = self._decode.dim
-        self.asked = torch.empty(0, self.dim, dtype=torch.float64)
-        # Cells that are moved up or down whatever their size: only corners of the cube differ from each other.
-        self._corners = task.norm == "linf" and attack.signs and attack.decoder in (None, "nni")
-        self._sobol: torch.quasirandom.SobolEngine | None = None
-        if attack.acquisition == "sobol":
-            device = task.generator.device
-            seed = int(torch.randint(2**31, (1,), generator=task.generator, device=device))
-            self._sobol = torch.quasirandom.SobolEngine(self.dim, scramble=True, seed=seed)
-
-    def admit(self, vectors: Tensor) -> Tensor:
-        """The admissible directions, of length 1, that belong to any vectors [...,dim]."""
-        return F.normalize(_sign(vectors) if self._corners else vectors, dim=-1)
-
-    def design(self, n: int) -> Tensor:
-        """The next n directions of the blind design: uniform in the cube, or a Sobol sequence there."""
-        cube = self._sobol.draw(n, dtype=torch.float64) if self._sobol else self._draw(torch.rand, n)
-        return self.admit(2 * cube - 1)
-
-    def starts(self, best: Tensor) -> Tensor:
-        """Directions from which to climb: anywhere, around the best one [dim], and the best one itself."""
-        normals = F.normalize(self._draw(torch.randn, GLOBAL + LOCAL * len(SPREADS)), dim=1)
-        spreads = normals.new_tensor(CORNERS if self._corners else SPREADS).repeat_interleave(LOCAL)[:, None]
-        return self.admit(torch.cat([normals[:GLOBAL], best + spreads * normals[GLOBAL:], best[None]]))
-
-    def rows(self, points: Tensor, radius: float) -> Tensor:
-        """The image moved along directions by a radius, clipped to the box: float32 [n,C,H,W] on the image's device.
-
-        The directions count as asked from then on.
-        """
-        task = self._task
-        self.asked = torch.cat([self.asked, points])[-WINDOW:]
-        deltas = self._decode(points.to(torch.float32).to(task.image.device))
-        if task.norm == "linf":
-            rms = deltas.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
-            deltas = _sign(deltas) if self._signs else (deltas / rms).clamp_(-1, 1)
-        lengths = distance(deltas, task.norm)
-        return Rays(task.image, task.levels, deltas, None, lengths, torch.full_like(lengths, math.inf)).at(radius)
-
-    def _draw(self, distribution: Callable[..., Tensor], n: int) -> Tensor:
-        generator = self._task.generator
-        drawn = distribution(n, self.dim, generator=generator, device=generator.device)
-        return drawn.cpu().double()
-
-
-def _sign(values: Tensor) -> Tensor:
-    """+1 or -1, never 0."""
-    return torch.where(values < 0, -1.0, 1.0).to(values.dtype)

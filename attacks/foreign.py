@@ -58,18 +58,16 @@ from typing import Any, ClassVar
 
 import foolbox.attacks
 import torch
-from eagerpy.astensor import astensor, astensor_
 from foolbox.attacks.base import Attack as FoolboxAttack
 from foolbox.attacks.base import FixedEpsilonAttack, FlexibleDistanceMinimizationAttack
 from foolbox.criteria import Criterion, TargetedMisclassification
 from foolbox.distances import l0, l2, linf
-from foolbox.models.base import Model
-from foolbox.types import Bounds
 from torch import Tensor
 
 from robustbox.errors import InputError, unknown_name
-from robustbox.protocol import ANSWERED, NORMS, Answer, Attack, Norm, Search, Task
+from robustbox.protocol import NORMS, Attack, Norm, Search, Task
 
+from .foreign_model import ForeignModel, Reached
 from .guest import Ask, Guest, Randomness
 from .starts import find_start
 
@@ -193,10 +191,10 @@ class ForeignAttack(Attack):
 
     def _call(self, task: Task, ask: Ask, start: Tensor | None) -> None:
         """The foolbox call. Its result is not needed: whatever it found was asked, and stands in the books."""
-        criterion: Criterion = _Reached()
+        criterion: Criterion = Reached()
         if self.knowledge == "score":
             criterion = TargetedMisclassification(torch.tensor([task.target], device=task.image.device))
-        attack, model = self._build(task.norm), _Model(ask, task, self.knowledge)
+        attack, model = self._build(task.norm), ForeignModel(ask, task, self.knowledge)
         epsilon = None if task.norm == "l0" else task.epsilon  # foolbox cannot clip in l0
         extra = {} if start is None else {"starting_points": start}
         try:
@@ -215,48 +213,3 @@ class ForeignAttack(Attack):
         if isinstance(attack, FlexibleDistanceMinimizationAttack):
             attack._distance = _DISTANCES[norm]  # set here because PointwiseAttack needs one and takes none
         return attack
-
-
-class _Model(Model):
-    """The model that foolbox sees: each row of each call is a query."""
-
-    data_format = "channels_first"
-
-    def __init__(self, ask: Ask, task: Task, knowledge: str) -> None:
-        self._ask, self._task, self._knowledge = ask, task, knowledge
-
-    @property
-    def bounds(self) -> Bounds:
-        return Bounds(0.0, 1.0)
-
-    def __call__(self, inputs: Any) -> Any:
-        x, restore = astensor_(inputs)
-        rows = x.raw.float().clamp(0, 1)
-        if rows.isnan().any():
-            raise ArithmeticError("foolbox asked a row with NaN: it divides 0 by 0 where its iterate meets the image")
-        answer = self._ask(rows)
-        output = self._logits(answer) if self._knowledge == "score" else self._task.reached(answer)
-        return restore(astensor(output.to(rows.device)))
-
-    def _logits(self, answer: Answer) -> Tensor:
-        """Logits [n,K]. The logarithm of probabilities is that but for a constant.
-
-        A row that was not answered reads as surely of the image's own class.
-        """
-        label, target = self._task.label, self._task.target or 0
-        scores = answer.scores if answer.scores is not None else torch.zeros(len(answer), 1 + max(label, target))
-        surely = torch.zeros_like(scores)
-        surely[:, label] = 1
-        scores = torch.where((answer.status == ANSWERED).to(scores.device)[:, None], scores, surely)
-        probable = (scores >= 0).all(dim=1) & (scores.sum(dim=1) < 1.001)
-        return torch.where(probable[:, None], scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), scores)
-
-
-class _Reached(Criterion):
-    """The criterion of label attacks, for whom `_Model` answers with the goal itself."""
-
-    def __repr__(self) -> str:
-        return "Reached()"
-
-    def __call__(self, perturbed: Any, outputs: Any) -> Any:
-        return outputs

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from robustbox.errors import InputError
 
 from .gate import Shape, StatefulDefense
-from .index import DenseIndex
 from .memory import IndexedMemory, Memory, Verdict
+from .neighbours import DenseIndex
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 ROWS_AT_ONCE = 16

@@ -21,6 +21,7 @@ from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, BlackBox, Def
 
 from .histories import Cell, Histories, History
 from .memory import Memory
+from .standing import Books, Standing
 
 Action = Literal["reject", "ban", "silent", "decoy"]
 Scope = Literal["account", "global"]
@@ -94,16 +95,6 @@ class StatefulDefense(Defense):
         return StatefulGate(box, self, seed)
 
 
-@dataclass(slots=True)
-class Standing:
-    """What a gate holds against an account: queries received, hits, the first of them (from 1; 0: none), and the ban."""
-
-    rows: int = 0
-    hits: int = 0
-    first_hit: int = 0
-    banned: bool = False
-
-
 class StatefulGate(BlackBox):
     """A black box behind a `StatefulDefense`.
 
@@ -125,8 +116,7 @@ class StatefulGate(BlackBox):
         self.device, self.input_shape, self.stochastic = inner.device, inner.input_shape, inner.stochastic
         self.classes, self.scores = inner.classes, inner.scores
         self._defense, self._seed = defense, seed
-        self._accounts: dict[int, Standing] = {}
-        self._judged, self._seconds = 0, 0.0
+        self._books = Books()
         if inner.input_shape is not None:
             defense.check_shape(inner.input_shape)
         self._histories = Histories(defense, seed, self.device, self.input_shape)
@@ -160,38 +150,21 @@ class StatefulGate(BlackBox):
         }
 
     def statistics(self) -> dict[str, object]:
-        """What the gate saw so far: plain JSON values.
-
-        `rows` received, `hits`, `banned_rows` refused after a ban, accounts seen, with a hit, and banned; `first_hit`: which
-        of an account's own queries was its first hit, counting from 1, for those that have one; `bytes_per_query` of a
-        stored fingerprint, and `milliseconds_per_query` of the gate alone, the model's time not included.
-        """
-        standings = self._accounts
-        rows = sum(standing.rows for standing in standings.values())
+        """What the gate saw so far, its time, and the memory that it takes (`Books.statistics`)."""
         memories = self._histories.memories()
         stored, size = sum(memory.stored for memory in memories), sum(memory.nbytes for memory in memories)
-        return {
-            "rows": rows,
-            "hits": sum(standing.hits for standing in standings.values()),
-            "banned_rows": rows - self._judged,
-            "accounts": len(standings),
-            "accounts_hit": sum(standing.hits > 0 for standing in standings.values()),
-            "accounts_banned": sum(standing.banned for standing in standings.values()),
-            "first_hit": {str(account): s.first_hit for account, s in standings.items() if s.hits},
-            "bytes_per_query": size / stored if stored else 0.0,
-            "milliseconds_per_query": 1e3 * self._seconds / self._judged if self._judged else 0.0,
-        }
+        return self._books.statistics(size / stored if stored else 0.0)
 
     def standing(self, account: int) -> Standing:
         """What the gate holds against an account; a fresh one if it was never heard of."""
-        return self._accounts.setdefault(account, Standing())
+        return self._books.standing(account)
 
     # The decision, one row after the other.
 
     def _decide(self, rows: Tensor, senders: list[int]) -> tuple[list[int], list[bool], dict[int, Cell]]:
         """For each row its status, whether the model is asked about it, and under `decoy` the cell of its answer."""
         start = time.perf_counter()
-        standings = [self.standing(account) if account >= 0 else Standing() for account in senders]
+        standings = [self._books.standing(account) if account >= 0 else Standing() for account in senders]
         alive = [position for position, standing in enumerate(standings) if not standing.banned]
         histories = {position: self._histories.of(senders[position], rows) for position in alive}
         secrets = [history.secret for history in histories.values()]
@@ -202,7 +175,7 @@ class StatefulGate(BlackBox):
             standing.rows += 1
             if standing.banned:  # perhaps by a row before it in this pass
                 continue
-            self._judged += senders[position] >= 0
+            self._books.judged += senders[position] >= 0
             status[position], asked[position], cell = self._judge(
                 standing, histories[position], fingerprints[position], remember=senders[position] >= 0
             )
@@ -211,7 +184,7 @@ class StatefulGate(BlackBox):
         if self._defense.scope == "account":
             for account in {senders[i] for i in alive if standings[i].banned or senders[i] < 0}:
                 self._histories.drop(account)
-        self._seconds += time.perf_counter() - start
+        self._books.seconds += time.perf_counter() - start
         return status, asked, cells
 
     def _judge(

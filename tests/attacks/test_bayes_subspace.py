@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustbox import run_attack
-from robustbox.attacks.bayes_subspace import Acquisition, BayesSubspace, Objective, Space
+from robustbox.attacks.bayes_subspace import Acquisition, BayesSubspace, Objective
 from robustbox.attacks.decoders import DecoderName, decoder
 from robustbox.errors import InputError
 from robustbox.protocol import REJECTED, Answer, Norm
@@ -356,7 +356,7 @@ def test_sobol_and_random_designs_come_from_the_image_s_own_stream() -> None:
     image = grey()[0]
     for acquisition in ("random", "sobol"):
         attack = BayesSubspace(size=2, acquisition=acquisition)  # type: ignore[arg-type]
-        first, again, other = (Space(task(image, seed=seed, epsilon=0.5), attack).design(8) for seed in (0, 0, 1))
+        first, again, other = (attack.space(task(image, seed=seed, epsilon=0.5)).design(8) for seed in (0, 0, 1))
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
         torch.testing.assert_close(first.norm(dim=1), torch.ones(8).double())

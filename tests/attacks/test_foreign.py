@@ -16,7 +16,8 @@ from torch import Tensor
 
 import robustbox as rb
 from robustbox import registry
-from robustbox.attacks.foreign import NUMPY_ATTACKS, QUERY_ATTACKS, _Model
+from robustbox.attacks.foreign import NUMPY_ATTACKS, QUERY_ATTACKS
+from robustbox.attacks.foreign_model import ForeignModel
 from robustbox.errors import InputError
 from robustbox.protocol import REJECTED, Answer, BlackBox, Task
 
@@ -232,13 +233,14 @@ def test_genattack_reads_probabilities_and_logits_alike() -> None:
     task = Task(images(1)[0], 0, 2, "linf", 0.1, torch.Generator(), 9)
     probabilities, logits = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[3.0, -1.0, 0.5]])
     seen = [
-        _Model(lambda rows, s=s: Answer.of(s.argmax(1), s), task, "score")(images(1)) for s in (probabilities, logits)
+        ForeignModel(lambda rows, s=s: Answer.of(s.argmax(1), s), task, "score")(images(1))
+        for s in (probabilities, logits)
     ]
     torch.testing.assert_close(seen[0], probabilities.log())
     assert torch.equal(seen[1], logits)
     for scores in (None, torch.full((1, 4), torch.nan)):
         lost = Answer(torch.tensor([-1]), scores, torch.tensor([REJECTED], dtype=torch.uint8))
-        shown = _Model(lambda rows, a=lost: a, task, "score")(images(1))
+        shown = ForeignModel(lambda rows, a=lost: a, task, "score")(images(1))
         assert shown.shape[1] == (3 if scores is None else 4)
         assert shown.argmax() == 0
         assert shown.isfinite().all()

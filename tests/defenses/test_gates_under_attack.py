@@ -7,7 +7,8 @@ import pytest
 import robustbox as rb
 from robustbox.boxes import as_black_box
 from robustbox.defenses.blacklight import Blacklight
-from robustbox.defenses.gate import Standing, StatefulDefense, StatefulGate
+from robustbox.defenses.gate import StatefulDefense, StatefulGate
+from robustbox.defenses.standing import Standing
 
 
 def standings(

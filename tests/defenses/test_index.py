@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustbox.defenses import index
-from robustbox.defenses.index import DenseIndex, SketchIndex, Tokens
+from robustbox.defenses.index import SketchIndex, Tokens
+from robustbox.defenses.neighbours import DenseIndex
 
 ROWS = st.lists(st.sets(st.integers(-6, 30), max_size=8), max_size=60)
 

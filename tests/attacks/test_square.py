@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from robustbox import run_attack
-from robustbox.attacks.square import HALVINGS, LEAST_SIDE, Square, bump, side_share
+from robustbox.attacks.painters import LEAST_SIDE, bump
+from robustbox.attacks.square import HALVINGS, PATIENCE, Square, side_share
 from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import Norm, Query, Task
@@ -247,7 +248,7 @@ def test_the_knob_squares_is_the_number_of_windows() -> None:
     box = Script()
     start = next(search)
     query = search.send(box(start.rows))
-    squares, _ = query.knobs
+    _, squares, _ = query.knobs
     assert (squares.name, squares.low, squares.high, squares.integer) == ("squares", 1, 100, True)
     share = [float((squares.draw(k, 20) != start.rows).any(dim=1).float().mean()) for k in (1, 10, 100)]
     cover = [
@@ -260,6 +261,29 @@ def test_the_knob_squares_is_the_number_of_windows() -> None:
     assert len(squares.draw(3, 4).unique(dim=0)) == 4
 
 
+def test_the_knob_speckle_turns_values_over_and_the_search_starts_anew_where_nothing_wins() -> None:
+    image = grey((3, 32, 32))
+    of = task(image, "linf", epsilon=0.05)
+    search = Square().search(of)
+    box = Script([0.5])  # no other row is better than 1
+    start = next(search)
+    query = search.send(box(start.rows))
+    speckle = query.knobs[0]
+    assert (speckle.name, speckle.low, speckle.high, speckle.integer) == ("speckle", 0.002, 0.5, False)
+    for share in (0.01, 0.1, 0.5):
+        rows = speckle.draw(share, 20)
+        assert float((rows - image).abs().max()) <= 0.05 + 1e-6
+        squares = 49 / 1024 / 2  # of the values; half of them have the colour already
+        expected = share + squares * (1 - 2 * share)
+        assert float((rows - start.rows).abs().gt(0.05).float().mean()) == pytest.approx(expected, rel=0.15)
+    speckle.value, kinds = 0.1, []
+    for _ in range(2 + 3 * PATIENCE):
+        query = search.send(box(query.rows))
+        kinds.append(query.kind)
+    assert [i for i, kind in enumerate(kinds) if kind == "init"] == [PATIENCE - 1, 3 * PATIENCE]
+    assert changed(query, start.rows).float().mean() > 0.8
+
+
 @NORMS
 def test_the_knob_side_is_the_least_side_up_to_the_whole_image(norm: Norm) -> None:
     image = grey((3, 10, 16))
@@ -267,7 +291,7 @@ def test_the_knob_side_is_the_least_side_up_to_the_whole_image(norm: Norm) -> No
     box = Script()
     start = next(search)
     query = search.send(box(start.rows))
-    _, side = query.knobs
+    *_, side = query.knobs
     assert (side.name, side.low, side.high, side.integer) == ("side", 1, 5, True)
     if norm == "linf":
         drawn = [extent((row != start.rows[0]).any(dim=0)) for row in side.draw(2, 30)]

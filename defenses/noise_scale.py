@@ -44,6 +44,11 @@ class Calibrated:
     images: int
     draws: int
 
+    def told(self) -> str:
+        """In one line."""
+        interval = f"95 % interval {self.low:.2%} to {self.high:.2%}"
+        return f"scale {self.nu:.4g} costs {self.drop:.2%} of {self.accuracy:.1%} ({interval})"
+
     def record(self) -> dict[str, float]:
         """As plain JSON values."""
         return asdict(self)

@@ -53,10 +53,10 @@ class Setting:
 
 
 SETTINGS = {
-    "cifar": Setting("cifar10-resnet20", 8 / 255, 50, 2000, 2, 7, "stage:-1"),
+    "cifar": Setting("cifar10-resnet20", 8 / 255, 50, 2000, 1, 6, "stage:-1"),
     "imagenet": Setting("imagenet-efficientnet-lite0", 0.05, 12, 200, 1, 5, "stage:-1"),
 }
-RANGES = {"random-features": (0.1, 10.0), "input-noise": (0.003, 0.2)}
+RANGES = {"random-features": (0.5, 10.0), "input-noise": (0.005, 0.1)}
 
 
 def cells(name: str) -> list[tuple[str, str, float, int]]:

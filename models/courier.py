@@ -187,6 +187,10 @@ class Courier:
         once = "; the service charges a repeat once" if self.key_header else "; the repeat may be charged again"
         log.warning("%d rows are sent again: %s%s", rows, failure, once if failure.charged else "; it cost nothing")
 
+    def close(self) -> None:
+        """Close all connections."""
+        self._client.close()
+
     def shown(self, url: str) -> str:
         """An address without its query."""
         return self.tokens.hide(url.partition("?")[0])

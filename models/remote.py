@@ -106,10 +106,9 @@ class RemoteBox(BlackBox):
             self._url = f"{service.url.rstrip('/')}/v1/answer"
             self._introduce()
         else:
-            classes = service.response.classes
-            self.classes = self.classes or (classes and len(classes)) or None
             self.scores = "none" if service.response.scores is None else service.response.kind
             self._dialect = Template(service.request, service.response, self.classes)
+            self.classes = self._dialect.classes
             self._url = service.url
         self.levels = self._dialect.levels
         one_by_one = self.stateful or service.concurrency == 1
@@ -136,7 +135,7 @@ class RemoteBox(BlackBox):
         self.scores = found["scores"]
         self.stochastic |= found["stochastic"]
         self.stateful |= found["stateful"]
-        self._acts = bool(found["client"]["acts"]) and not self._courier.tokens.by_account
+        self._acts = bool(found["client"]["acts"])
         self._dialect.batch = min(self._dialect.batch, found["max_rows"])
 
     @torch.no_grad()
@@ -148,7 +147,8 @@ class RemoteBox(BlackBox):
             ModelError: the service failed, or there is not enough money; every row of the pass is lost.
         """
         parts = list(self._parts(rows.cpu().numpy(), accounts.cpu().numpy()))
-        messages = [self._dialect.say(part.rows, part.accounts if self._acts else None) for part in parts]
+        acting = self._courier.tokens.of(-1) if self._acts else ""  # the attacker's own tokens act for nobody
+        messages = [self._dialect.say(p.rows, p.accounts if p.token == acting else None) for p in parts]
         if self._threads is None or len(parts) == 1:
             answers = [self._exchange(*pair) for pair in zip(messages, parts, strict=True)]
         else:
@@ -194,6 +194,12 @@ class RemoteBox(BlackBox):
         if self.scores is None and bool((status == ANSWERED).any()):
             self.scores = recognise(scores[status == ANSWERED])
         return Answer(labels, scores, status)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._courier.close()
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
 
     def describe(self) -> dict[str, object]:
         """What a result must record: the service, how it was spoken to, and what it cost. No token, and no header."""

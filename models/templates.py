@@ -33,7 +33,7 @@ class Template(Dialect):
 
     def __init__(self, request: Request, response: Response, classes: int | None) -> None:
         self.request, self.response = request, response
-        self._classes = classes
+        self.classes = classes or (response.classes and len(response.classes)) or None
         self.encoding = request.encoding or ("float" if request.body == "json" else "png")
         self.levels = None if self.encoding in ("float", "npy") else 256
         self.lossy = self.encoding == "jpeg"
@@ -143,16 +143,16 @@ class Template(Dialect):
             return [float(score) for score in found]
         if not isinstance(found, dict):
             raise ValueError("scores are no list")
-        if self._classes is None:
+        if self.classes is None:
             raise ValueError("scores by name need classes or response.classes")
-        scores = [0.0] * self._classes
+        scores = [0.0] * self.classes
         for name, score in found.items():
             scores[self._label(name)] = float(score)
         return scores
 
     def _stacked(self, rows: list[list[float]]) -> NDArray[np.float32]:
         """The scores of all rows, [n,K]."""
-        if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2 or self._classes not in (None, len(rows[0])):
+        if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2 or self.classes not in (None, len(rows[0])):
             raise ValueError(f"{sorted({len(row) for row in rows})} scores a row")
         return np.array(rows, dtype=np.float32)
 

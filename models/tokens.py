@@ -23,15 +23,12 @@ class Tokens:
     def __init__(self, service: ServiceFile) -> None:
         self.service = service
         self._token = None if service.token_env is None else _secret(service.token_env)
-        self._accounts = re.split(r"[\s,]+", _secret(service.account_tokens_env)) if service.account_tokens_env else []
+        listed = None if service.account_tokens_env is None else _secret(service.account_tokens_env, r"[\x20-\x7e\s]+")
+        self._accounts = re.findall(r"[^\s,]+", listed or "")
         self._opened: dict[int, str] = {}
         self.headers = {name: _secret(variable) for name, variable in service.headers_env.items()}
-        self._hidden = [text for text in (self._token, *self._accounts, *self.headers.values()) if text]
-
-    @property
-    def by_account(self) -> bool:
-        """Whether accounts have tokens of their own."""
-        return bool(self._accounts)
+        secrets = [text for text in (self._token, *self._accounts, *self.headers.values()) if text]
+        self._hidden = sorted(secrets, key=len, reverse=True)  # one may begin as another
 
     def of(self, account: int) -> str | None:
         """The token under which an account sends its rows; the attacker's are given out in the order of first use.
@@ -57,11 +54,11 @@ class Tokens:
         return text
 
 
-def _secret(variable: str | None) -> str:
-    """The value of an environment variable."""
-    value = os.environ.get(variable or "", "").strip()
+def _secret(variable: str, lawful: str = r"[\x20-\x7e]+") -> str:
+    """The value of an environment variable, of lawful characters."""
+    value = os.environ.get(variable, "").strip()
     if not value:
         raise InputError(f"the environment variable {variable} is not set: it must hold the service's token")
-    if not value.isascii() or not value.isprintable():
+    if not re.fullmatch(lawful, value):
         raise InputError(f"the environment variable {variable} holds characters that no HTTP header can")
     return value

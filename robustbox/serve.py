@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from robustbox import inputs, registry
 from robustbox.accounts import Accounts, read_tokens
@@ -30,6 +31,7 @@ from robustbox.config import add_options, explained, spelled_out
 from robustbox.defense_file import is_file
 from robustbox.errors import InputError
 from robustbox.service import Limits, Service
+from robustbox.worker import log
 
 PROGRAM = "python -m robustbox.serve"
 
@@ -144,8 +146,9 @@ def run(service: Service, config: ServeConfig) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     taken = _listening(config.host, config.port)
     settings = uvicorn.Config(
-        service.application(),
-        log_level="warning",
+        _reporting(service.application()),
+        http="h11",
+        log_level="critical",  # whoever sends bad bytes shall not fill the log
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=config.grace,
@@ -157,6 +160,21 @@ def run(service: Service, config: ServeConfig) -> None:
     print(f"{service.box.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     with contextlib.closing(taken):
         uvicorn.Server(settings).run(sockets=[taken])
+
+
+def _reporting(application: ASGIApp) -> ASGIApp:
+    """The application; what it fails on is one line in the log, and nothing where the client broke HTTP."""
+    import h11
+
+    async def reporting(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await application(scope, receive, send)
+        except h11.LocalProtocolError:
+            pass
+        except Exception as error:
+            log.error("%s: %s", type(error).__name__, str(error).partition("\n")[0])
+
+    return reporting
 
 
 def _listening(host: str, port: int) -> socket.socket:

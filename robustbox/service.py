@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from robustbox.accounts import Accounts, Client
 from robustbox.bodies import Refusal, read_rows
@@ -206,11 +207,12 @@ class Service:
 
     async def _refused(self, request: Request, error: Exception) -> Response:
         """What a client is told that gets no answer."""
+        if isinstance(error, ClientDisconnect):
+            return _Nothing()
         if isinstance(error, HTTPException):
             pages = "GET /v1/model, POST /v1/answer, GET /health and GET /metrics"
             error = Refusal(error.status_code, "no_such_page", f"{error.detail}: there are {pages}")
-        elif not isinstance(error, Refusal):
-            error = Refusal(400, "gone", "the connection ended before the body")
+        assert isinstance(error, Refusal)
         headers = {} if error.wait is None else {"Retry-After": str(error.wait)}
         told = {"error": {"code": error.code, "message": str(error)}}
         return self._counted(Response(json.dumps(told), error.status, headers, "application/json"))
@@ -218,6 +220,13 @@ class Service:
     def _counted(self, response: Response) -> Response:
         self.requests[response.status_code] += 1
         return response
+
+
+class _Nothing(Response):
+    """What a client is told that has left."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        return None
 
 
 def _account(text: str) -> int:

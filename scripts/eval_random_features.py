@@ -61,16 +61,13 @@ RANGES = {"random-features": (0.5, 10.0), "input-noise": (0.005, 0.1)}
 
 def cells(name: str) -> list[tuple[str, str, float, int]]:
     """(attack, defense, drop, eot), the most telling first."""
-    defended = [(d, drop) for drop in (0.02, 0.01) for d in RANGES]
     order = [("square", "none", 0.0, 1)]
-    order += [("square", d, drop, 1) for d, drop in defended]
-    order += [("square", d, 0.02, eot) for eot in (5, 10) for d in RANGES]
-    for drop in (0.02, 0.01):
-        for attack in ATTACKS[1:]:
-            order += [(attack, "none", 0.0, 1)] if drop == 0.02 else []
-            order += [(attack, d, drop, 1) for d in RANGES]
+    order += [("square", d, 0.02, eot) for eot in (1, 5, 10) for d in RANGES]
+    for attack in ATTACKS[1:]:
+        order += [(attack, "none", 0.0, 1), *((attack, d, 0.02, 1) for d in RANGES)]
+    order += [("square", d, 0.01, 1) for d in RANGES]
     order += [(attack, d, 0.02, eot) for attack in ("nes", "sign-hunter") for eot in (5, 10) for d in RANGES]
-    return order
+    return order + [(attack, d, 0.01, 1) for attack in ATTACKS[1:] for d in RANGES]
 
 
 def images_of(name: str) -> tuple[Tensor, Tensor]:

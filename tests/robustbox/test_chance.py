@@ -121,6 +121,34 @@ def test_a_success_of_a_stochastic_black_box_is_put_to_the_vote_before_it_ends_t
     assert (luck.first_success == 0).all()
 
 
+class Scored(HalfSpace):
+    """Answers the attacker by a list of labels, and the evaluator by 0."""
+
+    stochastic = True
+
+    def __init__(self, labels: list[int]) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        answer = super().answer(rows, accounts)
+        for i, account in enumerate(accounts.tolist()):
+            answer.labels[i] = self.labels.pop(0) if account >= 0 and self.labels else 0
+        return answer
+
+
+@pytest.mark.parametrize(("eot", "votes", "enough"), [(1, 9, 7), (5, 3, 3), (9, 3, 3)])
+def test_it_takes_seven_votes_of_nine_and_three_consensuses(eot: int, votes: int, enough: int) -> None:
+    for agreeing in (enough - 1, enough):
+        labels = [1] * eot + [1] * agreeing * eot + [0] * (votes - agreeing) * eot
+        result = run_attack(Scored(labels), images(1), [0], script(lambda _: 0.1), epsilon=9.0, budget=200, eot=eot)
+        ended = agreeing == enough
+        assert result.stop_reasons == ["success" if ended else "budget"]
+        assert result.queries.tolist() == [(1 + votes) * eot if ended else 200 // eot * eot]
+        assert result.success_any.all()
+        assert not result.success.any()  # the evaluator has the last word
+
+
 def test_a_success_that_cannot_be_put_to_the_vote_is_left_to_the_evaluator() -> None:
     last = run_attack(Coin(0.0), images(2), [0, 0], script(lambda _: 0.3), "linf", epsilon=0.3, budget=1)
     assert last.queries.tolist() == [1, 1]

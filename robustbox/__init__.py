@@ -7,6 +7,7 @@
 """
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 # attacks/, defenses/ and models/ stand beside this folder in a checkout and inside it after an install: extending the
 # path makes `robustbox.attacks` mean the same in both.
@@ -18,6 +19,9 @@ from robustbox.api import list_attacks, load_data, load_model, run_attack  # noq
 from robustbox.errors import InputError, ModelError  # noqa: E402
 from robustbox.protocol import Answer, Attack, BlackBox, BudgetExhausted, Defense, Query, Task  # noqa: E402
 from robustbox.results import AttackResult  # noqa: E402
+
+if _TYPE_CHECKING:
+    from robustbox.auditing.run import run_audit
 
 __all__ = [
     "Answer",
@@ -34,4 +38,14 @@ __all__ = [
     "load_data",
     "load_model",
     "run_attack",
+    "run_audit",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """What costs more than it is worth at every start is imported where it is first used."""
+    if name == "run_audit":
+        from robustbox.auditing.run import run_audit
+
+        return run_audit
+    raise AttributeError(f"module 'robustbox' has no attribute '{name}'")

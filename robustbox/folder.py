@@ -83,8 +83,8 @@ class RunFolder:
         document = document_of(result)
         hashes = json.dumps([image["sha256"] for image in document["images"]])
         tensors = {"adversarials": result.adversarials.detach().cpu().contiguous()}
-        _replace(self.path / ADVERSARIALS, save(tensors, {"schema": str(SCHEMA), "sha256_of_originals": hashes}))
-        _replace(self.path / RESULTS, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+        replace_file(self.path / ADVERSARIALS, save(tensors, {"schema": str(SCHEMA), "sha256_of_originals": hashes}))
+        replace_file(self.path / RESULTS, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
         self.written = True
 
 
@@ -150,7 +150,7 @@ def document_of(result: AttackResult) -> dict[str, Any]:
     ]
     written = datetime.now(UTC).isoformat(timespec="seconds")
     document = {"schema": SCHEMA, "written": written, **run, "summary": result.summary(), "images": images}
-    return _finite(document)  # type: ignore[no-any-return]
+    return finite(document)  # type: ignore[no-any-return]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -201,19 +201,19 @@ def _yaml(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that at every moment the old one or the new one stands there whole."""
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     os.replace(part, path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with null for every NaN and infinity: JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

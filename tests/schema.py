@@ -1,4 +1,4 @@
-"""Holds results.json against its documentation, docs/results.md."""
+"""Holds JSON files against their documentation: results.json against docs/results.md, audit.json against docs/audit.md."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def check_document(document: dict[str, Any], documentation: Path) -> None:
 
 
 def documented(documentation: Path) -> list[tuple[re.Pattern[str], str]]:
-    """(pattern of a path, type) of every field in the documentation."""
-    rows = re.findall(r"^\| (`[^|]+`) \| ([\w ]+) \|", documentation.read_text(), re.MULTILINE)
+    """(pattern of a path, type) of every field in the documentation, from the heading of the file's schema on."""
+    text = re.split(r"^## \w+\.json, schema \d+$", documentation.read_text(), maxsplit=1, flags=re.MULTILINE)[-1]
+    rows = re.findall(r"^\| (`[^|]+`) \| ([\w ]+) \|", text, re.MULTILINE)
     paths = [(path, kind) for cell, kind in rows for path in re.findall(r"`([^`]+)`", cell)]
     return [(re.compile(re.escape(path).replace(r"\*", r"[^.\[\]]+")), kind) for path, kind in paths]
 

@@ -1,0 +1,247 @@
+"""An audit from its file to its folder: plan, pre-flight, cells, and what came of them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from robustbox import inputs, setting
+from robustbox.errors import InputError
+from robustbox.folder import environment, finite, replace_file
+from robustbox.protocol import BlackBox
+
+from .cells import Cell, Executor, Outcome, Watch, in_turn, read_cell, read_failure, run_cell
+from .estimate import Estimate, estimate
+from .flags import Flag, flag
+from .junit import write_junit
+from .loading import load
+from .page import write_audit_page
+from .plan import Plan, System, images_of, make_plan
+from .preflight import Subject, look
+from .spec import AuditSpec
+from .summary import cell_summary, row_summary
+from .thresholds import rows_of, verdicts
+from .world import World
+
+SCHEMA = 1
+"""The version of audit.json; it changes when a field changes its meaning or goes."""
+AUDIT, DOCUMENT, JUNIT, PAGE = "audit.yaml", "audit.json", "junit.xml", "report.html"
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What came of an audit: its folder, and audit.json as docs/audit.md describes it."""
+
+    folder: Path
+    document: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every threshold holds."""
+        return bool(self.document["passed"])
+
+
+def run_audit(
+    audit: str | Path | dict[str, Any],
+    out: str | Path | None = None,
+    *,
+    models: Mapping[str, Any] | None = None,
+    data: Mapping[str, tuple[Any, Any]] | None = None,
+    executor: Executor = in_turn,
+    watch: Watch | None = None,
+) -> AuditResult:
+    """Run an audit; what is done already in its folder is not run again.
+
+    Args:
+        audit: the file (docs/audit.md), or what such a file holds.
+        out: the audit's folder; default: runs/NAME.
+        models, data: what names in the file stand for, beside the registered ones: models as `run_attack` takes them, data as
+            (images, labels).
+        executor: runs the cells; default: one after the other in this process.
+        watch: called once a round of an attack with its cell and a `Progress`.
+
+    Raises:
+        InputError: bad input, before a query is spent.
+    """
+    running = Audit(load(audit), out, World(models or {}, data or {}))
+    with running:
+        running.preflight()
+        for _ in running.run(executor, watch):
+            pass
+        return running.conclude()
+
+
+class Audit:
+    """An audit in its folder, step by step: `preflight`, `run`, `conclude`. As a context manager it keeps others out of there.
+
+    Args:
+        spec: what is asked for.
+        out: the folder; None is runs/NAME.
+        world: what its names stand for.
+
+    Raises:
+        InputError: the plan cannot be made (`make_plan`).
+    """
+
+    def __init__(self, spec: AuditSpec, out: str | Path | None, world: World) -> None:
+        self.spec, self.world = spec, world
+        self.folder = Path(out) if out is not None else Path("runs") / spec.name
+        self.plan: Plan = make_plan(spec, world, self.folder)
+        self.seen: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> Audit:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another audit is running in {self.folder}") from None
+        except OSError as error:
+            raise InputError(f"the audit's folder {self.folder} cannot be written to: {error.strerror}") from error
+        text = yaml.safe_dump(self.spec.plain(), sort_keys=False, allow_unicode=True)
+        replace_file(self.folder / AUDIT, text.encode())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def estimate(self, everything: bool = False) -> Estimate:
+        """What the cells that are not done (or all) cost at most, as far as it is known by now."""
+        return estimate(self.spec, self.plan, self.seen, everything)
+
+    def preflight(self, note: Callable[[System], None] | None = None) -> None:
+        """Look at every defended model that was not looked at before, and take out the cells that cannot be run on it."""
+        for system in self.plan.systems:
+            if note is not None:
+                note(system)
+            path = self.folder / "preflight" / f"{system.id}.json"
+            if path.exists():
+                seen = json.loads(path.read_text(encoding="utf-8"))
+            else:
+                seen = finite(look(self._subject(system), self.spec.preflight))
+                path.parent.mkdir(exist_ok=True)
+                if seen["error"] is None:  # what failed is looked at again the next time
+                    replace_file(path, _json(seen))
+            self.seen[system.id] = seen
+            self._write_benign(system, seen)
+            for cell in self.plan.of(system):
+                if seen["scores"] == "none" and self._sees(cell) != "label":
+                    self.plan.exclude(cell, "the black box answers labels only, and this attack needs scores")
+
+    def run(self, executor: Executor = in_turn, watch: Watch | None = None) -> Any:
+        """Run the cells that are not done; yields the outcome of each."""
+        broken = {system.id for system in self.plan.systems if self.seen[system.id]["error"] is not None}
+        cells = [cell for s in self.plan.systems if s.id not in broken for cell in self.plan.of(s)]
+
+        def work(cell: Cell) -> Outcome:
+            return run_cell(cell, self.world, watch)
+
+        yield from executor([cell for cell in cells if read_cell(cell.folder) is None], work, self.world)
+
+    def conclude(self) -> AuditResult:
+        """Write audit.json, junit.xml and report.html of what stands in the folder by now."""
+        document = self.document()
+        replace_file(self.folder / DOCUMENT, _json(document))
+        write_junit(self.folder / JUNIT, document)
+        write_audit_page(self.folder / PAGE, document)
+        return AuditResult(self.folder, document)
+
+    def document(self) -> dict[str, Any]:
+        """audit.json, as docs/audit.md describes it."""
+        cells = self.plan.cells
+        documents = {cell.id: read_cell(cell.folder) for cell in cells}
+        summaries = {cell.id: cell_summary(cell, documents[cell.id], self._failure(cell)) for cell in cells}
+        systems = [self._system(system, documents) for system in self.plan.systems]
+        found = verdicts(self.spec.thresholds, cells, documents, summaries, systems)
+        device = torch.device("cuda" if torch.cuda.is_available() and self.spec.device == "auto" else "cpu")
+        ledgers = [seen["rows"] for seen in self.seen.values()] + [cell["rows"] or {} for cell in summaries.values()]
+        document = {
+            "schema": SCHEMA,
+            "name": self.spec.name,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seed": self.spec.seed,
+            "passed": all(verdict["holds"] for verdict in found),
+            "systems": systems,
+            "rows": [row_summary(its, [documents[cell.id] for cell in its]) for its in rows_of(cells)],
+            "cells": [summaries[cell.id] for cell in cells],
+            "excluded": [{"id": e.cell.id, **e.cell.where(), "reason": e.reason} for e in self.plan.excluded],
+            "verdicts": found,
+            "rows_asked": sum(sum(ledger.values()) for ledger in ledgers),
+            "worst_case": self.estimate(everything=True).plain(),
+            "environment": environment(device),
+        }
+        return dict(finite(document))
+
+    def _subject(self, system: System) -> Subject:
+        model, images, labels = images_of(system.model, self.spec, self.world)
+        defenses = inputs.resolve_defenses(system.defense.defense, system.defense.options)
+
+        def build() -> BlackBox:
+            box = model
+            for recipe in reversed(defenses):
+                box = recipe.wrap(box, self.spec.seed)
+            return box
+
+        other = self.spec.preflight.benign_data
+        everything = self.world.everything(other or system.model.data or setting.own_data(system.model.model))[0]
+        benign = everything if other else everything[len(images) :]
+        levels = system.model.levels or model.levels
+        return Subject(build, model, images, labels, benign if len(benign) else None, levels, self.spec.seed)
+
+    def _write_benign(self, system: System, seen: dict[str, Any]) -> None:
+        if seen["benign"] is None:
+            return
+        defenses = inputs.resolve_defenses(system.defense.defense, system.defense.options)
+        recipes = [{"name": recipe.name, "options": recipe.options()} for recipe in defenses]
+        content = {"schema": 1, "model": system.model.model, "defense": recipes, **seen["benign"], "confidence": 0.95}
+        path = self.folder / "benign" / f"{system.id}.json"
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, _json(finite(content)))
+
+    def _failure(self, cell: Cell) -> str | None:
+        where = next(s for s in self.plan.systems if (s.model.name, s.defense.name) == (cell.model, cell.defense))
+        error = self.seen.get(where.id, {}).get("error")
+        return f"pre-flight: {error}" if error else read_failure(cell.folder)
+
+    @staticmethod
+    def _sees(cell: Cell) -> str:
+        config = cell.config
+        return config.knowledge or inputs.resolve_attack(config.attack, config.attack_options).knowledge
+
+    def _system(self, system: System, documents: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+        seen, cells = self.seen[system.id], self.plan.of(system)
+        done = next((document for cell in cells if (document := documents[cell.id]) is not None), None)
+        flags = [*seen["flags"], *(each.plain() for each in self._of_cells(seen, cells, system))]
+        return {
+            "id": system.id,
+            "model": system.model.name,
+            "defense": system.defense.name,
+            "clean_accuracy": seen["clean"] if done is None else done["summary"]["clean_accuracy"],
+            "benign": seen["benign"],
+            "certified": None,
+            "preflight": {key: value for key, value in seen.items() if key not in ("flags", "benign")},
+            "flags": flags,
+        }
+
+    def _of_cells(self, seen: dict[str, Any], cells: list[Cell], system: System) -> list[Flag]:
+        """Flags that depend on the attacks that are run."""
+        flags = []
+        if seen["stochastic"] and not any(cell.config.eot > 1 for cell in cells):
+            flags.append(flag("no-eot"))
+        if seen["stateful"] and not any(cell.config.attack.startswith("oars:") for cell in cells):
+            flags.append(flag("no-adaptive-attack"))
+        if cells and (n := cells[0].config.images or 0) < 100:
+            flags.append(flag("few-images", f"{n} images"))
+        return flags
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()

@@ -1,0 +1,274 @@
+"""Audits: every row is counted, what is done is not done again, a failure is one cell's, and the report is as documented."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import yaml
+
+import robustbox as rb
+from robustbox.audit import main
+from robustbox.auditing.cells import Cell, Outcome, Work
+from robustbox.auditing.loading import load
+from robustbox.auditing.run import Audit
+from robustbox.auditing.world import World
+from robustbox.errors import InputError
+from robustbox.protocol import Answer
+from tests.schema import check_document
+from tests.toys import Failing, HalfSpace, images
+
+DATA = {"planted": (images(12), torch.zeros(12, dtype=torch.int64))}
+SPEC: dict[str, Any] = {
+    "name": "toy",
+    "images": 4,
+    "budgets": [30],
+    "models": [{"model": "spy", "data": "planted"}],
+    "attacks": ["random", "square"],
+    "threats": [{"norm": "linf", "epsilon": 0.3}],
+    "preflight": {"images": 4, "copies": 5},
+}
+TIMES = ("written", "seconds", "milliseconds_per_row", "rows_per_second")
+
+
+def audit(tmp_path: Path, boxes: dict[str, Any] | None = None, name: str = "out", **changes: Any) -> dict[str, Any]:
+    """The audit.json of SPEC with changes."""
+    models = boxes or {"spy": HalfSpace()}
+    return rb.run_audit(SPEC | changes, tmp_path / name, models=models, data=DATA).document
+
+
+def timeless(value: Any) -> Any:
+    """A document without what two equal audits differ in."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def test_every_row_is_counted_and_planning_costs_none(tmp_path: Path) -> None:
+    box = HalfSpace()
+    plan = Audit(load(SPEC | {"defenses": ["none", "input-noise"]}), tmp_path / "out", World({"spy": box}, DATA)).plan
+    assert box.rows == 0
+    assert [plan.worst[cell.id] for cell in plan.cells] == [{"attack": 120, "verify": 8}] * 2 + [
+        {"attack": 120, "verify": 4 * (25 + 25 + 1)}
+    ] * 2
+    document = audit(tmp_path, {"spy": box}, defenses=["none", "input-noise"])
+    assert document["rows_asked"] == box.rows
+    assert document["worst_case"]["rows"] == {"attack": 480, "verify": 424}
+    assert [system["preflight"]["rows"] for system in document["systems"]] == [{"verify": 4 * 4 + 6}] * 2
+    assert document["rows_asked"] == sum(sum(cell["rows"].values()) for cell in document["cells"]) + 44
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    box = HalfSpace()
+    first = audit(tmp_path, {"spy": box})
+    asked = box.rows
+    assert timeless(audit(tmp_path, {"spy": box})) == timeless(first)
+    assert box.rows == asked
+    more = audit(tmp_path, {"spy": box}, budgets=[30, 10])  # only what is new is asked
+    assert box.rows - asked == sum(sum(c["rows"].values()) for c in more["cells"] if c["budget"] == 10)
+    assert more["rows"][0]["robust_accuracy"] == first["rows"][0]["robust_accuracy"]
+
+
+def test_the_written_file_is_what_the_documentation_says(tmp_path: Path, root: Path) -> None:
+    models = {"spy": HalfSpace(), "broken": Failing(40, lambda answer: 1 / 0), "dead": Failing(0, lambda answer: 1 / 0)}  # type: ignore[arg-type, return-value]
+    document = audit(
+        tmp_path,
+        models,
+        models=[{"model": name, "data": "planted"} for name in models],
+        defenses=["none", {"defense": "blacklight", "models": "spy"}],
+        attacks=["random", "square", "cgba"],
+        thresholds=[{"metric": "success", "max": 0.5}],
+    )
+    check_document(json.loads((tmp_path / "out" / "audit.json").read_text()), root / "docs" / "audit.md")
+    assert {cell["attack"] for cell in document["excluded"]} == {"cgba"}
+    assert "cgba works in l2" in document["excluded"][0]["reason"]
+    assert document["passed"] is False
+
+
+def test_the_failure_of_one_cell_is_recorded_and_the_rest_runs(tmp_path: Path) -> None:
+    sick = {"on": True}
+
+    def wrong(answer: Answer) -> Answer:
+        if sick["on"]:
+            raise ConnectionError("the service is down")
+        return answer
+
+    models = {"spy": HalfSpace(), "sick": Failing(60, wrong)}  # the pre-flight takes 22 rows, the first cell the rest
+    both = [{"model": name, "data": "planted"} for name in models]
+    bound = [{"metric": "robust-accuracy", "min": 0.0}]
+    document = audit(tmp_path, models, models=both, thresholds=bound)
+    status = {(cell["model"], cell["attack"]): cell["status"] for cell in document["cells"]}
+    assert status["spy", "random"] == status["spy", "square"] == "done"
+    assert status["sick", "random"] == "failed"
+    assert "the service is down" in next(cell["error"] for cell in document["cells"] if cell["status"] == "failed")
+    assert [verdict["holds"] for verdict in document["verdicts"]] == [True, False]  # what failed was not measured
+    assert {row["model"]: row["complete"] for row in document["rows"]} == {"spy": True, "sick": False}
+    sick["on"] = False
+    healed = audit(tmp_path, models, models=both, thresholds=bound)
+    assert healed["passed"]
+    assert {cell["status"] for cell in healed["cells"]} == {"done"}
+
+
+def test_another_executor_gives_the_same_audit(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def backwards(cells: Sequence[Cell], work: Work, world: World) -> Iterator[Outcome]:
+        for cell in reversed(cells):
+            ran.append(cell.attack)
+            yield work(cell)
+
+    document = rb.run_audit(
+        SPEC, tmp_path / "back", models={"spy": HalfSpace()}, data=DATA, executor=backwards
+    ).document
+    assert ran == ["square", "random"]
+    assert timeless(document) == timeless(audit(tmp_path))
+
+
+def test_an_image_is_broken_if_any_attack_breaks_it(tmp_path: Path) -> None:
+    document = audit(tmp_path, threats=[{"norm": "linf", "epsilon": 0.21}])
+    runs = [json.loads((tmp_path / "out" / cell["folder"] / "results.json").read_text()) for cell in document["cells"]]
+    broken = [{image["index"] for image in run["images"] if image["success"]} for run in runs]
+    (row,) = document["rows"]
+    assert row["robust_accuracy"]["hits"] == 4 - len(broken[0] | broken[1])
+    assert row["pairs"][0]["first_better"] == len(broken[0] - broken[1])
+    assert row["pairs"][0]["second_better"] == len(broken[1] - broken[0])
+    assert row["pairs"][0]["test"] == "mcnemar"
+    free = audit(tmp_path, name="free", threats=["linf"], attacks=["random"])
+    assert free["rows"][0]["pairs"] == []
+    assert free["cells"][0]["epsilon"] is None
+
+
+def test_a_gate_has_its_false_positives_beside_it(tmp_path: Path) -> None:
+    document = audit(
+        tmp_path, defenses=["none", "blacklight"], threats=[{"norm": "linf", "epsilon": 0.3, "accounts": "any"}]
+    )
+    (file,) = (tmp_path / "out" / "benign").iterdir()
+    written = json.loads(file.read_text())
+    assert {key: written[key] for key in ("schema", "model", "confidence", "of")} == {
+        "schema": 1,
+        "model": "spy",
+        "confidence": 0.95,
+        "of": 8,  # the images that are not attacked
+    }
+    assert [recipe["name"] for recipe in written["defense"]] == ["blacklight"]
+    assert document["systems"][0]["benign"] is None
+    assert document["systems"][1]["benign"]["refused"] == written["refused"]
+    assert [row["detection_misses"] is None for row in document["rows"]] == [True, False]
+    assert [row["adaptive"] for row in document["rows"]] == [True, False]
+    assert "no-adaptive-attack" in {flag["code"] for flag in document["systems"][1]["flags"]}
+
+
+def test_ci_servers_get_what_they_know(tmp_path: Path) -> None:
+    models = {"spy": HalfSpace(), "dead": Failing(0, lambda answer: 1 / 0)}  # type: ignore[arg-type, return-value]
+    audit(
+        tmp_path,
+        models,
+        models=[{"model": name, "data": "planted"} for name in models],
+        attacks=["random", "cgba"],
+        thresholds=[{"metric": "success", "max": 1.0}],
+    )
+    suites = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()
+    counts = {s.get("name"): [s.get(key) for key in ("tests", "errors", "failures", "skipped")] for s in suites}
+    assert counts == {"cells": ["4", "1", "0", "2"], "thresholds": ["2", "0", "1", "0"]}
+    assert "was not measured" in str(suites.find(".//failure").get("message"))  # type: ignore[union-attr]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1 of 2 thresholds missed" in page
+    assert "https://" not in page.replace("https://www.w3.org", "")
+
+
+# The file and the command line
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"attack": ["cgba"]}, "unknown field of the audit 'attack': did you mean attacks"),
+        ({"attacks": ["cgbaa"]}, "unknown attack 'cgbaa'"),
+        ({"attacks": [{"attack": "square", "options": {"pp": 1}}]}, "unknown option of attack square 'pp'"),
+        ({"defenses": [{"defense": "input-noise", "options": {"sigma": -1}}]}, "sigma of input-noise"),
+        ({"attacks": ["random", "random"]}, "'random' is given twice"),
+        ({"attacks": [{"attack": "random", "eot": "five"}]}, "eot of number 1 of attacks must be a whole number"),
+        ({"attacks": []}, "names no attacks"),
+        ({"threats": ["l3"]}, "one of l0, l2, linf"),
+        ({"thresholds": [{"metric": "success"}]}, "either min or max"),
+        ({"thresholds": [{"metric": "success", "max": 1, "defenses": "blacklite*"}]}, "defenses pattern .*blacklite"),
+        ({"thresholds": [{"metric": "success", "max": 1, "budgets": [31]}]}, "no budget is 31"),
+        ({"budgets": [0]}, "at least 1"),
+        ({"models": ["spyy"]}, "spyy comes with no images|unknown model 'spyy'"),
+        ({"attacks": ["cgba"]}, "no attack of this audit can be run: .*cgba works in l2"),
+        ({"models": [{"model": "digits-cnn", "data": "planted"}]}, "the model takes 1 x 8 x 8"),
+    ],
+)
+def test_bad_input_is_one_line_before_a_query(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    box = HalfSpace()
+    with pytest.raises(InputError, match=complaint):
+        audit(tmp_path, {"spy": box}, **changes)
+    assert box.rows == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_audits_do_not_share_a_folder(tmp_path: Path) -> None:
+    with (
+        Audit(load(SPEC), tmp_path, World({"spy": HalfSpace()}, DATA)),
+        pytest.raises(InputError, match="another audit is running"),
+        Audit(load(SPEC), tmp_path, World({"spy": HalfSpace()}, DATA)),
+    ):
+        pass
+
+
+def written(tmp_path: Path, **changes: Any) -> str:
+    """A small audit of a real model as a file."""
+    spec = {"images": 6, "budgets": [60], "models": ["digits-cnn"], "attacks": ["cgba", "hop-skip-jump", "square"]}
+    spec |= {"threats": [{"norm": "l2", "epsilon": 0.8}], "preflight": {"images": 4, "copies": 4}}
+    path = tmp_path / "audit.yaml"
+    path.write_text(yaml.safe_dump(spec | changes))
+    return str(path)
+
+
+def test_exit_codes_say_whether_thresholds_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fine, missed = (
+        {"metric": "clean-accuracy", "min": 0.1},
+        {"metric": "clean-accuracy", "min": 0.99, "confident": True},
+    )
+    few = {"attacks": ["square"], "price_per_1000": 2.0, "currency": "EUR"}
+    out = str(tmp_path / "out")
+    assert main([written(tmp_path, **few, thresholds=[fine]), "--dry-run", "--out", out]) == 0
+    shown = capsys.readouterr().out
+    assert "at most 372 rows" in shown
+    assert "at most 0.74 EUR" in shown
+    assert not Path(out).exists()
+    assert main([written(tmp_path, **few, thresholds=[fine]), "--out", out]) == 0
+    assert main([written(tmp_path, **few, thresholds=[fine, missed]), "--out", out]) == 1
+    assert "MISSED: clean-accuracy is 1 (95 % interval 0.6097 to 1), must be at least 0.99" in capsys.readouterr().out
+    assert main([str(tmp_path / "none.yaml"), "--out", out]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_audit_that_was_killed_goes_on_to_the_same_report(tmp_path: Path, root: Path) -> None:
+    path = written(tmp_path, budgets=[200], defenses=["none", "input-noise"])
+    command = [sys.executable, "-m", "robustbox.audit", path, "--quiet", "--out"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    broken = tmp_path / "broken"
+    with subprocess.Popen([*command, broken], cwd=root, env=environment) as process:
+        while len(list(broken.glob("cells/*/results.json"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    done = {cell.parent.name for cell in broken.glob("cells/*/results.json")}
+    assert 2 <= len(done) < 6
+    before = {name: (broken / "cells" / name / "results.json").stat().st_mtime_ns for name in done}
+    assert main([path, "--quiet", "--out", str(broken)]) == 0
+    assert main([path, "--quiet", "--out", str(tmp_path / "whole")]) == 0
+    assert {name: (broken / "cells" / name / "results.json").stat().st_mtime_ns for name in done} == before
+    one, two = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("broken", "whole"))
+    assert timeless(one) == timeless(two)

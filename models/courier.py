@@ -26,6 +26,8 @@ from .service_file import ServiceFile
 from .tokens import Tokens
 
 _OF_TRANSFER = ("content-encoding", "content-length", "transfer-encoding")
+_LARGEST = 2**28
+"""Bytes of an answer."""
 T = TypeVar("T")
 log = logging.getLogger("robustbox.remote")
 logging.getLogger("stamina").addHandler(logging.NullHandler())  # it would say less than `log` does
@@ -150,11 +152,12 @@ class Courier:
         """The whole answer, which must have arrived in time: a service that trickles is one that does not answer."""
         deadline = time.monotonic() + self.service.timeout
         with self._client.stream(method, url, headers=headers, **body) as response:
-            chunks = []
+            chunks, size = [], 0
             for chunk in response.iter_bytes():
                 chunks.append(chunk)
-                if time.monotonic() > deadline:
-                    raise httpx2.ReadTimeout("the answer trickles")
+                size += len(chunk)
+                if time.monotonic() > deadline or size > _LARGEST:
+                    raise httpx2.ReadTimeout("the answer trickles, or has no end")
         kept = [(key, value) for key, value in response.headers.items() if key not in _OF_TRANSFER]
         return httpx2.Response(response.status_code, headers=kept, content=b"".join(chunks))
 

@@ -125,9 +125,8 @@ class RemoteBox(BlackBox):
                 "GET", url, Message(0, {}), self._courier.tokens.of(-1), _introduction, attempts=2
             )
         except ModelError as error:
-            raise InputError(
-                f"{error}; another service than robustbox.serve needs a YAML file: remote:FILE.yaml"
-            ) from None
+            hint = "" if "HTTP 401" in str(error) else "; another service needs a YAML file: remote:FILE.yaml"
+            raise InputError(f"{error}{hint}") from None
         self._reported = {"service": found["name"]}
         shape = found["input_shape"]
         self.input_shape = self.input_shape or (None if shape is None else tuple(shape))
@@ -153,8 +152,11 @@ class RemoteBox(BlackBox):
             answers = [self._exchange(*pair) for pair in zip(messages, parts, strict=True)]
         else:
             running = [self._threads.submit(self._exchange, *pair) for pair in zip(messages, parts, strict=True)]
-            for waiting in wait(running, return_when=FIRST_EXCEPTION).not_done:
-                waiting.cancel()
+            try:
+                wait(running, return_when=FIRST_EXCEPTION)
+            finally:  # after a failure, and after Ctrl-C too, nothing more is sent
+                for waiting in running:
+                    waiting.cancel()
             wait([future for future in running if not future.cancelled()])
             failed = [f for f in running if not f.cancelled() and f.exception() is not None]
             answers = [(failed[0] if failed else future).result() for future in running]
@@ -197,9 +199,9 @@ class RemoteBox(BlackBox):
 
     def close(self) -> None:
         """Give the connections back."""
-        self._courier.close()
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
+        self._courier.close()
 
     def describe(self) -> dict[str, object]:
         """What a result must record: the service, how it was spoken to, and what it cost. No token, and no header."""

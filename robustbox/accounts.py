@@ -86,12 +86,13 @@ class Accounts:
                 left = self._budget - self._sent[account]
                 if account >= 0 and count > left:
                     raise Refusal(402, "over_budget", f"{count} rows asked, {left} left of {self._budget}")
-        self._sent.update(counts)
+            self._sent.update({account: count for account, count in counts.items() if account >= 0})
         self._spent[client.name] += len(senders)
 
     def refund(self, client: Client, senders: Sequence[int]) -> None:
         """Take back a charge: the model failed."""
-        self._sent.subtract(senders)
+        if self._budget is not None:
+            self._sent.subtract(account for account in senders if account >= 0)
         self._spent[client.name] -= len(senders)
 
     def left(self, client: Client) -> int | None:

@@ -19,10 +19,9 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from robustbox import inputs, registry
 from robustbox.accounts import Accounts, read_tokens
@@ -30,8 +29,12 @@ from robustbox.boxes import as_black_box
 from robustbox.config import add_options, explained, spelled_out
 from robustbox.defense_file import is_file
 from robustbox.errors import InputError
-from robustbox.service import Limits, Service
 from robustbox.worker import log
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from robustbox.service import Service
 
 PROGRAM = "python -m robustbox.serve"
 
@@ -117,6 +120,12 @@ def build(config: ServeConfig) -> Service:
     Raises:
         InputError: what is wrong with it.
     """
+    try:
+        from robustbox.service import Limits, Service
+    except ImportError as error:
+        raise InputError(
+            f"the service needs starlette and uvicorn ({error}): pip install 'robustbox[serve]'"
+        ) from error
     for count in ("request_rows", "fuse", "grace"):
         inputs.check_count(getattr(config, count), f"--{count.replace('_', '-')}")
     if config.budget is not None:

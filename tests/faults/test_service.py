@@ -17,6 +17,7 @@ import torch
 import robustbox as rb
 from robustbox.accounts import Accounts
 from robustbox.errors import InputError, ModelError
+from robustbox.models import remote
 from robustbox.models.remote import RemoteBox
 from robustbox.models.service_file import Request, Response, Retry, ServiceFile
 from robustbox.protocol import Answer
@@ -314,3 +315,22 @@ def test_concurrent_requests_survive_bad_days() -> None:
     assert expected.scores is not None
     assert torch.equal(answer.scores, expected.scores)
     assert np.array_equal(answer.labels, expected.labels)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_after_a_failure_or_an_interruption_nothing_more_is_sent(
+    interrupted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    if interrupted:
+        monkeypatch.setattr(remote, "wait", interrupt)
+    inner = Mischief(Service(HalfSpace(), Accounts()).application(), "slow" if interrupted else "failure", None)
+    with running(inner) as address:
+        box = client(address, concurrency=2, request=Request(batch=1), retry=Retry(attempts=1), timeout=5.0)
+        with pytest.raises(KeyboardInterrupt if interrupted else ModelError):
+            box.answer(images(40), torch.zeros(40, dtype=torch.int64))
+        box.close()
+        assert inner.posts <= 6
+        assert box.describe()["traffic"]["requests"] == inner.posts + 1  # type: ignore[index]

@@ -389,7 +389,10 @@ def test_a_page_that_is_no_service_is_bad_input(tmp_path: Path) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"<html>hello</html>"})
 
-    with running(page) as address, pytest.raises(InputError, match=r"no robustbox service.*needs a YAML file"):
+    with (
+        running(page) as address,
+        pytest.raises(InputError, match=r"no robustbox service.*another service needs a YAML file"),
+    ):
         as_black_box(address)
 
 

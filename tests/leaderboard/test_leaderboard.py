@@ -1,0 +1,127 @@
+"""The command from runs to pages, and the verification of a row: on real runs of the zoo's smallest model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from robustbox import load_data
+from robustbox.attack import main as attack
+from robustbox.leaderboard.__main__ import main
+from robustbox.leaderboard.sources import file_sha256
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs on the bare model, one on a gate, one on noise."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = ["--model", "digits-cnn", "--images", "4", "--budget", "120", "--epsilon", "1.5", "--quiet"]
+    for name, more in {
+        "bare": ["--attack", "cgba"],
+        "random": ["--attack", "random"],
+        "gate": ["--attack", "oars:hop-skip-jump", "--defense", "blacklight"],
+        "noise": ["--attack", "cgba", "--defense", "input-noise", "--eot", "2"],
+    }.items():
+        assert attack([*common, *more, "--out", str(folder / name)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages of these runs."""
+    out = tmp_path_factory.mktemp("site")
+    assert main([str(runs), "--out", str(out)]) == 0
+    return out
+
+
+def test_pages_and_entries_are_written(site: Path) -> None:
+    names = ["digits-cnn", "digits-cnn+blacklight", "digits-cnn+input-noise"]
+    assert sorted(path.stem for path in (site / "entries").iterdir()) == names
+    assert sorted(path.stem for path in site.glob("*.html")) == [*names, "index"]
+    assert len(list((site / "runs").iterdir())) == 4
+    index = (site / "index.html").read_text()
+    assert "digits-cnn behind blacklight" in index
+    assert "no EOT" not in index
+    entry = json.loads((site / "entries" / "digits-cnn+input-noise.json").read_text())
+    assert entry["cost"]["passes_per_query"] == 1
+    assert str(site.parent) not in "".join(path.read_text() for path in site.rglob("*.*") if path.is_file())
+
+
+def test_the_same_runs_make_the_same_files_and_pages_can_be_made_of_entries_alone(site: Path, runs: Path) -> None:
+    before = {path: path.read_text() for path in site.rglob("*.*") if path.is_file()}
+    note = site / "entries" / "digits-cnn.json"
+    edited = json.loads(before[note])
+    edited["about"]["note"] = "by hand"
+    note.write_text(json.dumps(edited))
+    assert main([str(runs), "--out", str(site)]) == 0
+    assert json.loads(note.read_text()) == edited  # what people wrote stays
+    note.write_text(before[note])
+    assert main([str(runs), "--out", str(site)]) == 0
+    assert {path: path.read_text() for path in before} == before
+    alone = site.parent / "alone"
+    assert main([str(site / "entries"), "--out", str(alone)]) == 0
+    assert (alone / "index.html").read_text() == before[site / "index.html"]
+
+
+@pytest.mark.parametrize("name", ["digits-cnn", "digits-cnn+blacklight", "digits-cnn+input-noise"])
+def test_a_true_entry_is_verified(site: Path, runs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--verify", str(site / "entries" / f"{name}.json"), "--runs", str(runs)]) == 0
+    assert capsys.readouterr().out == f"{name}: everything is as the entry says\n"
+
+
+def test_a_figure_that_its_runs_do_not_make_is_found(
+    site: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = json.loads((site / "entries" / "digits-cnn.json").read_text())
+    entry["threats"][0]["attacks"][0]["queries"] += 1
+    (tmp_path / "entry.json").write_text(json.dumps(entry))
+    assert main(["--verify", str(tmp_path / "entry.json"), "--runs", str(runs)]) == 1
+    assert "threats[0].attacks[0].queries" in capsys.readouterr().out
+
+
+def test_an_adversarial_that_is_none_is_found(
+    site: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The images themselves in place of the adversarials, with the hash of the forged file in the entry."""
+    shutil.copytree(runs, tmp_path / "runs")
+    path = tmp_path / "runs" / "bare" / "adversarials.safetensors"
+    tensors = load_file(path)["adversarials"]
+    tensors = torch.where(tensors.isnan(), tensors, load_data("digits")[0][:4])
+    entry = (site / "entries" / "digits-cnn.json").read_text()
+    true = file_sha256(path)
+    save_file({"adversarials": tensors}, path)
+    (tmp_path / "entry.json").write_text(entry)
+    command = ["--verify", str(tmp_path / "entry.json"), "--runs", str(tmp_path / "runs")]
+    assert main(command) == 1
+    assert "adversarials_sha256 of" in capsys.readouterr().out
+    (tmp_path / "entry.json").write_text(entry.replace(true, file_sha256(path)))
+    assert main(command) == 1
+    told = capsys.readouterr().out
+    assert "its adversarial is at" in told
+    assert "does not fool the defended model" in told
+
+
+def test_a_lost_run_is_named(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--verify", str(site / "entries" / "digits-cnn.json"), "--runs", str(tmp_path)]) == 1
+    assert "bare: no run with its hashes was found" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    for words, complaint in [
+        ([str(tmp_path), "--out", str(tmp_path / "site")], "no complete run and no entry"),
+        ([str(tmp_path / "absent"), "--out", str(tmp_path / "site")], "there is no"),
+        ([str(tmp_path)], "--out DIR"),
+        ([str(tmp_path), "--out", "x", "--epsilon", "l3=1"], "NORM=VALUE"),
+        (["--verify", str(tmp_path / "other.json")], "no entry of a leaderboard"),
+    ]:
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert complaint in told
+        assert told.count("\n") == 1
+    assert not (tmp_path / "site").exists()

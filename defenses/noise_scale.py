@@ -18,6 +18,7 @@ from robustbox.protocol import BlackBox, Defense
 from robustbox.trainer import clerks
 
 from .layers import find, intercepted
+from .random_features import spread_of
 
 _ONE_SIDED, _TWO_SIDED, _HOPELESS = 1.645, 1.96, 3.0
 """Standard errors: of the bound that decides (95 %), of the interval that is reported (95 %), and to give a scale up early."""
@@ -165,7 +166,7 @@ def gradient_norm(
         gradients = torch.autograd.grad(loss, list(held.values()))
         squares = torch.zeros(len(rows), device=images.device)
         for h, g in zip(held.values(), gradients, strict=True):
-            unit = h.detach().reshape(len(rows), -1).std(dim=1, correction=0) if scale == "std" else 1.0
+            unit = spread_of(h, len(rows)) if scale == "std" else 1.0
             squares += (g.reshape(len(rows), -1).norm(dim=1) * unit) ** 2
         norms.append(squares.sqrt())
     return float(torch.cat(norms).mean())

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from robustbox.boxes import ModuleBox
@@ -123,13 +124,22 @@ class NoisyFeatures(BlackBox):
                 raise InputError(
                     f"at {self.places[k].name} the network holds a tensor {list(h.shape)} for {n} rows, not row by row"
                 )
-            noise = unit_noise(streams, h.numel() // n, h.device, features.distribution)
-            if features.scale == "std":
-                noise.mul_(h.detach().reshape(n, -1).float().std(dim=1, correction=0, keepdim=True))
-            return h + noise.mul_(features.nu).view(h.shape).to(h.dtype)  # never in place: h may be a residual's too
+            noise = unit_noise(streams, h.numel() // n, h.device, features.distribution).view(h.shape).to(h.dtype)
+            if features.scale == "abs":
+                return torch.add(h, noise, alpha=features.nu)  # never in place: h may be a residual's too
+            spread = spread_of(h, n).mul_(features.nu).to(h.dtype).repeat_interleave(len(h) // n)
+            return torch.addcmul(h, noise, spread.view(-1, *[1] * (h.ndim - 1)))
 
         with intercepted(self.places, noisy):
             yield
         for k, place in enumerate(self.places):
             if k not in passed:
                 raise InputError(f"the network does not pass through {place.name}, so no noise was added there")
+
+
+def spread_of(h: Tensor, n: int) -> Tensor:
+    """The standard deviation of what each of n rows has in a tensor: float32 [n]."""
+    values = h.detach().reshape(n, -1).float()
+    centred = values - values.mean(dim=1, keepdim=True)  # torch.std takes twenty times as long along a row
+    norms: Tensor = torch.linalg.vector_norm(centred, dim=1)
+    return norms.div_(values.shape[1] ** 0.5)

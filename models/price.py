@@ -67,6 +67,14 @@ class Purse:
             else:
                 self.doubtful += rows
 
+    def recall(self, rows: int, answered: bool) -> None:
+        """Rows were bought, or perhaps bought, in an earlier session of the run; where there is a file, it has them."""
+        with self._lock:
+            if answered:
+                self.answered += rows
+            else:
+                self.doubtful += rows
+
     def release(self, rows: int) -> None:
         """The rows of a request cost nothing."""
         with self._lock:
@@ -75,7 +83,7 @@ class Purse:
                 self._add(-rows * self.price / 1000)
 
     def describe(self) -> dict[str, object]:
-        """The traffic and its cost as plain JSON values: of this process, and of all runs where there is a file."""
+        """The traffic as plain JSON values: requests of this process; rows and their cost of the whole run."""
         with self._lock:
             doubtful = self.doubtful + self._reserved  # what was in flight when the run was interrupted
             found: dict[str, object] = {

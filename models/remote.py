@@ -98,6 +98,7 @@ class RemoteBox(BlackBox):
         self.input_shape = None if service.input_shape is None else tuple(service.input_shape)  # type: ignore[assignment]
         self.classes = service.classes
         self.stochastic, self.stateful = service.stochastic, service.stateful
+        self.paid = bool(service.price_per_1000)
         self._acts = False
         self._reported: dict[str, Any] = {}
         self._dialect: Dialect
@@ -202,6 +203,10 @@ class RemoteBox(BlackBox):
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         self._courier.close()
+
+    def skip(self, rows: Tensor, accounts: Tensor, answered: bool) -> None:
+        """Count what an earlier session of the run bought."""
+        self._purse.recall(len(rows), answered)
 
     def describe(self) -> dict[str, object]:
         """What a result must record: the service, how it was spoken to, and what it cost. No token, and no header."""

@@ -16,6 +16,7 @@ from robustbox.contest import Contest, Rules
 from robustbox.errors import InputError, ModelError
 from robustbox.evaluator import undefended
 from robustbox.folder import RunFolder, open_run
+from robustbox.journaled import journaled
 from robustbox.loop import Progress
 from robustbox.oracle import Oracle, check_knowledge
 from robustbox.protocol import Attack, BlackBox, Defense
@@ -50,6 +51,7 @@ def run_attack(
     eot: int = 1,
     accounts: int | None = 1,
     progress: Callable[[Progress], None] | None = None,
+    fresh: bool = False,
 ) -> AttackResult:
     """Attack images on a model that can only be queried, within an exact budget of queries.
 
@@ -77,7 +79,8 @@ def run_attack(
         device: where a model named by a string runs; "auto" takes CUDA where it is, and leaves modules where they stand.
         attack_options, defense_options: hyper-parameters of an attack or defense given by name.
         pool: (images, labels) that the attacker owns, for targeted starts; never the attacked ones.
-        out: a new folder for config, results and adversarials.
+        out: a folder for config, journal, results and adversarials. A run that was stopped goes on from the journal when it
+            is started again with the same arguments: what was answered is not asked again.
         total_budget: queries that all images together may cost.
         keep_going: with an epsilon, do not stop at the first success but go on minimising.
         max_rows: rows fused into one forward pass; "auto" learns the fastest.
@@ -85,10 +88,12 @@ def run_attack(
             (label of the majority, mean scores); against black boxes that answer at random.
         accounts: accounts that the attacker may use up on one image where a gate bans them; None is any number.
         progress: called once a round with a `Progress`.
+        fresh: start over, and forget the run that the folder `out` holds.
 
     Raises:
         InputError: bad input, before an attack spends a query.
         ModelError: the model failed in mid-run; its `result` holds what was found, and so does the folder `out`.
+        StorageError: the folder `out` can no longer be written to.
     """
     contest = _contest(
         model,
@@ -113,22 +118,31 @@ def run_attack(
         eot=eot,
         accounts=accounts,
     )
-    with open_run(out, contest.config()) as folder:
+    with (
+        open_run(out, contest.config(), fresh) as folder,
+        journaled(contest.oracle, folder.journal, contest.identity() if folder.journal else {}),
+    ):
         contest.check_clean()
         check_knowledge(contest.oracle.knowledge, contest.attack.knowledge, contest.oracle.box)  # known by now
         try:
             contest.fight(progress)
             contest.verify()
         except (ModelError, KeyboardInterrupt) as stop:
-            found = contest.result()
-            folder.write(found)
-            write_report(folder.path, contest.images)
+            found = _written(folder, contest, complete=False)
             if isinstance(stop, ModelError):
                 stop.result = found
             raise
-        result = contest.result()
-        folder.write(result)
+        return _written(folder, contest, complete=True)
+
+
+def _written(folder: RunFolder, contest: Contest, complete: bool) -> AttackResult:
+    """What was found so far, which stands in the folder then; `complete`: the run came to its end."""
+    result = contest.result()
+    with folder.storing():
+        folder.write(result, complete)
         write_report(folder.path, contest.images)
+        if complete:
+            folder.end()
     return result
 
 

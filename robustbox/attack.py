@@ -23,7 +23,7 @@ from robustbox import registry, setting
 from robustbox.api import load_data, run_attack, worst_case
 from robustbox.boxes import as_black_box
 from robustbox.config import PROGRAM, AttackConfig, Command, parse
-from robustbox.errors import InputError, ModelError
+from robustbox.errors import InputError, ModelError, StorageError
 from robustbox.folder import open_run
 from robustbox.loop import Progress
 from robustbox.results import AttackResult
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_names(Console())
         else:
             run(command)
-    except (InputError, ModelError) as error:
+    except (InputError, ModelError, StorageError) as error:
         _complain(error, str(error))
         return 2
     except KeyboardInterrupt as interrupt:
@@ -67,12 +67,17 @@ def run(command: Command) -> None:
         return show_worst_case(worst_case(box, images, labels, **arguments), Console())
     out = config.out or _new_folder(config)
     settled = replace(config, data=name, images=n)
-    with open_run(out, settled.what_to_run()) as folder, Bar(sys.stderr, disable=command.quiet or None) as bar:
+    with (
+        open_run(out, settled.what_to_run(), command.fresh) as folder,
+        Bar(sys.stderr, disable=command.quiet or None) as bar,
+    ):
         try:
             result = run_attack(box, images, labels, **arguments, out=folder, progress=bar)
         except (ModelError, KeyboardInterrupt) as stop:
             if folder.written:
-                stop.add_note(f"what was found until then is in {out}")
+                stop.add_note(
+                    f"what was found until then is in {out}; the same command with --out {out} goes on from there"
+                )
             raise
     show(result, console)
     console.print(f"written to {out}", highlight=False)
@@ -156,6 +161,9 @@ def _summed_up(result: AttackResult, norm: str) -> Table:
     table.add_row(f"median {norm} after queries", medians)
     table.add_row("median queries to success", f"{summary['median_queries_to_success']:.6g}")
     table.add_row("rows by ledger", ", ".join(f"{phase} {rows}" for phase, rows in summary["ledger"].items()))
+    if meta["journal"]["sessions"] > 1:
+        times, twice = meta["journal"]["sessions"] - 1, meta["journal"]["in_flight"]
+        table.add_row("went on", f"{times} times; {twice} rows were in flight when it was stopped, and asked again")
     if meta["rows_per_second"]:
         seconds = sum(meta["seconds"].values())
         table.add_row("speed", f"{meta['rows_per_second']:.0f} rows/s of attack, {seconds:.1f} s in all")

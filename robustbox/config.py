@@ -58,7 +58,8 @@ class AttackConfig:
         eot: ask each row so many times, at so many queries, and show the attack the consensus: against black boxes that
             answer at random.
         accounts: accounts that the attacker may use up on one image where a gate bans them; null: any number.
-        out: the run's folder; default: a new one under runs/.
+        out: the run's folder; default: a new one under runs/. A run that was stopped goes on there when the same command is
+            given again.
     """
 
     model: str = "cifar10-resnet20"
@@ -97,6 +98,7 @@ class Command:
     listing: bool
     dry_run: bool
     quiet: bool
+    fresh: bool
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -114,7 +116,8 @@ def parse(argv: Sequence[str]) -> Command:
     except argparse.ArgumentError as error:
         raise explained(error, parser) from None
     config = AttackConfig(**{f.name: given[f.name] for f in fields(AttackConfig) if f.name in given})
-    return Command(config, listing="list" in given, dry_run="dry_run" in given, quiet="quiet" in given)
+    flags = {"listing": "list", "dry_run": "dry_run", "quiet": "quiet", "fresh": "fresh"}
+    return Command(config, **{name: word in given for name, word in flags.items()})
 
 
 class _Parser(ArgumentParser):
@@ -137,6 +140,7 @@ def _parser(factories: dict[str, Factory]) -> ArgumentParser:
         "--list": "show the attacks, defenses, models and data that exist, and exit",
         "--dry_run": "check everything, show the worst-case number of queries by ledger, ask none",
         "--quiet": "no progress bar and no table",
+        "--fresh": "start over in a folder that holds a run, and forget that run",
     }.items():
         parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=meaning)
     parser.add_class_arguments(AttackConfig, None, skip=set(_OPTIONS.values()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from robustbox.folder import environment
 from robustbox.goals import goal
 from robustbox.identity import derive_seed, sha256, stream
 from robustbox.inputs import check_labels
+from robustbox.journaled import digest
 from robustbox.loop import Progress, QueryLoop
 from robustbox.oracle import Oracle
 from robustbox.protocol import Attack, Defense, Norm, Task
@@ -87,7 +87,7 @@ class Contest:
         self._still = quiet(oracle, defenses, rules.seed)
         self._fused = _FUSED if rules.max_rows == "auto" else rules.max_rows
         self._seconds = dict.fromkeys(("clean", "attack", "verify"), 0.0)
-        self._clock = time.perf_counter()
+        self._clock = 0.0
 
     def worst_case(self) -> dict[str, int]:
         """The rows that the contest may cost at most, by ledger."""
@@ -140,7 +140,7 @@ class Contest:
         Raises:
             InputError: there is none.
         """
-        self._clock = time.perf_counter()
+        self._clock = self.oracle.clock()
         self._clean = share_reached(self.oracle, self.images, self.labels, self._clean_clerks, self._fused) > 0.5
         if self._classes is None:  # a callable's first answer shows how many there are
             check_labels(self.labels, len(self.labels), self.oracle.box.classes)
@@ -252,6 +252,7 @@ class Contest:
             "max_rows": self._fused,
             "seconds": dict(self._seconds),
             "rows_per_second": oracle.charged / attack_seconds if attack_seconds else None,
+            "journal": {"sessions": 1, "in_flight": 0} if oracle.journal is None else oracle.journal.summary(),
             "environment": environment(self.images.device),
             "images": [
                 {"sha256": name, "label": label, "target": target}
@@ -259,6 +260,20 @@ class Contest:
             ],
         }
         return {key: _plain(value) for key, value in meta.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What the queries depend on: runs that differ in it are different runs."""
+        chance = ("stochastic", "stateful", "max_rows", "seconds", "rows_per_second", "journal", "environment")
+        meta = {key: value for key, value in self.meta().items() if key not in chance}
+        model = {key: value for key, value in meta["model"].items() if key not in ("traffic", "batch", "concurrency")}
+        pool = None if self.pool is None else digest(*self.pool).hex()
+        return {
+            **meta,
+            "model": model,
+            "max_rows": self.rules.max_rows,
+            "device": self.images.device.type,
+            "pool": pool,
+        }
 
     def _adversarials(self) -> Tensor:
         """The best row of each image that has one inside the ball, [N,C,H,W]; NaN for the others."""
@@ -269,7 +284,7 @@ class Contest:
         return found
 
     def _lap(self, phase: str) -> None:
-        now = time.perf_counter()
+        now = self.oracle.clock()
         self._seconds[phase] += now - self._clock
         self._clock = now
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
@@ -103,7 +102,7 @@ class Dispatch:
         pieces, self._buffer, self._buffered = self._buffer, [], 0
         if not pieces:
             return
-        start = time.perf_counter()
+        start = self.oracle.clock()
         rows = torch.cat([piece.rows for piece in pieces])
         if bad := self.oracle.inadmissible(rows):
             pieces = self._refuse(pieces, bad)
@@ -120,7 +119,7 @@ class Dispatch:
         sent = rows if copies == 1 else rows.repeat_interleave(copies, dim=0)
         answer = self._ask(sent, torch.from_numpy(accounts), phases)
         self._note(pieces, counts, rows, answer)
-        self.batch.observe(len(sent), time.perf_counter() - start)
+        self.batch.observe(len(sent), self.oracle.clock() - start)
 
     def _refuse(self, pieces: list[Piece], bad: list[int]) -> list[Piece]:
         """Drop the queries that hold inadmissible rows: nothing of these pieces is charged, their attacks are told."""

@@ -19,6 +19,12 @@ class ModelError(RuntimeError):
     result: object | None = None
 
 
+class StorageError(RuntimeError):
+    """The run's folder can no longer be written to, as on a full disk. What is in its journal is safe, and the run goes on
+    from there when the same command is given again.
+    """
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that does not exist, with the nearest names that do."""
     known = sorted(known)

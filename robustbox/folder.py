@@ -1,7 +1,8 @@
-"""A run's folder: `config.yaml`, `results.json` (docs/results.md is its schema) and `adversarials.safetensors`.
+"""A run's folder: `config.yaml`, `journal.sqlite`, `results.json` (docs/results.md is its schema) and
+`adversarials.safetensors`.
 
-The folder is claimed before the first query and filled when the run ends, however it ends. Every file appears whole or
-not at all, results.json last: where it stands, the folder is complete.
+The folder is claimed before the first query and filled when the run ends, however it ends. Every file but the journal
+appears whole or not at all, results.json last; the journal tells a run that goes on what was answered before.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import os
 import platform
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from robustbox.errors import InputError
+from robustbox.errors import InputError, StorageError
+from robustbox.journal import Journal
 
 if TYPE_CHECKING:
     import torch
@@ -29,39 +32,58 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """The version of results.json; it changes when a field changes its meaning or goes."""
-CONFIG, RESULTS, ADVERSARIALS = "config.yaml", "results.json", "adversarials.safetensors"
+CONFIG, JOURNAL, RESULTS, ADVERSARIALS = "config.yaml", "journal.sqlite", "results.json", "adversarials.safetensors"
 _PACKAGES = ("torchvision", "timm", "numpy", "scipy", "safetensors", "foolbox")
 
 
 class RunFolder:
-    """Where one run is written; as a context manager it gives the folder back if the run ended before it had a result.
+    """Where one run is written; as a context manager it gives the folder back if bad input ended the run it began.
+
+    A run that was stopped goes on in its folder: `journal` has what was answered.
 
     Args:
         path: the folder, or None for a run that is not written.
-        config: what would run it again, written at once: it marks the folder as taken.
+        config: what would run it again, written at once.
+        fresh: forget the run that the folder holds.
 
     Raises:
-        InputError: the folder holds another run, or cannot be written to.
+        InputError: the folder holds a complete run, or another run is writing to it; its journal is damaged; or it cannot
+            be written to.
     """
 
-    def __init__(self, path: Path | None, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, config: Mapping[str, Any], fresh: bool = False) -> None:
         self.path = path
         self.written = False
+        self.journal: Journal | None = None
         if path is None:
             return
         self._new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            taken = [name for name in (CONFIG, RESULTS, ADVERSARIALS) if (path / name).exists()]
-            if taken:
+            foreign = [name for name in (CONFIG, RESULTS, ADVERSARIALS) if (path / name).exists()]
+            if foreign and not fresh and not (path / JOURNAL).exists():
                 raise FileExistsError
-            with (path / CONFIG).open("x", encoding="utf-8") as file:  # "x": of two runs at once, one gets it
-                file.write(_yaml(config))
-        except FileExistsError:
-            what = "holds another run" if path.is_dir() else "is a file"
-            raise InputError(f"the output folder {path} {what}: choose another one, or remove it first") from None
-        except OSError as error:
-            raise InputError(f"the output folder {path} cannot be written to: {error.strerror}") from error
+            self.journal = Journal(path / JOURNAL, fresh)
+            self._begun = self.journal.sent == 0
+            if self.journal.finished:
+                raise InputError(
+                    f"the output folder {path} holds a complete run: choose another one, "
+                    "or start over with --fresh (fresh=True)"
+                )
+            if fresh:
+                for name in (RESULTS, ADVERSARIALS, "report.html"):
+                    (path / name).unlink(missing_ok=True)
+            if self._begun:
+                replace_file(path / CONFIG, _yaml(config).encode())
+        except BaseException as error:
+            self._close()
+            if isinstance(error, FileExistsError):
+                what = "holds another run" if path.is_dir() else "is a file"
+                fix = "choose another one, or remove it first"
+                raise InputError(f"the output folder {path} {what}: {fix}") from None
+            if isinstance(error, OSError):
+                raise InputError(f"the output folder {path} cannot be written to: {error.strerror}") from error
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -69,32 +91,64 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.path is not None and not self.written:
-            (self.path / CONFIG).unlink(missing_ok=True)
-            if self._new and self.path.exists() and not any(self.path.iterdir()):
+        if self.path is None or self.journal is None:
+            return
+        unused = self._begun and not self.written and (self.journal.sent == 0 or kind is InputError)
+        self._close()
+        if unused:
+            for name in (CONFIG, JOURNAL):
+                (self.path / name).unlink(missing_ok=True)
+            if self._new and not any(self.path.iterdir()):
                 self.path.rmdir()
 
-    def write(self, result: AttackResult) -> None:
-        """Write what was found, also by a run that ended early; results.json comes last."""
+    def _close(self) -> None:
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None
+
+    def write(self, result: AttackResult, complete: bool = True) -> None:
+        """Write what was found, also by a run that ended early and may go on; results.json comes last."""
         if self.path is None:
             return
         from safetensors.torch import save
 
-        document = document_of(result)
+        document = document_of(result, complete)
         hashes = json.dumps([image["sha256"] for image in document["images"]])
         tensors = {"adversarials": result.adversarials.detach().cpu().contiguous()}
         replace_file(self.path / ADVERSARIALS, save(tensors, {"schema": str(SCHEMA), "sha256_of_originals": hashes}))
         replace_file(self.path / RESULTS, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
         self.written = True
 
+    def end(self) -> None:
+        """Close the folder for good: all that belongs into it is there."""
+        if self.journal is not None:
+            self.journal.end()
 
-def open_run(out: RunFolder | str | os.PathLike[str] | None, config: Mapping[str, Any]) -> RunFolder:
+    @contextmanager
+    def storing(self) -> Iterator[None]:
+        """For as long as files are written.
+
+        Raises:
+            StorageError: one cannot be.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"the results cannot be written to {self.path}: {error.strerror}; "
+                "make room, then give the same command again: no row is asked again"
+            ) from error
+
+
+def open_run(
+    out: RunFolder | str | os.PathLike[str] | None, config: Mapping[str, Any], fresh: bool = False
+) -> RunFolder:
     """Claim the folder of a run before its first query; one that is open already (the command line's) is taken as it is.
 
     Raises:
-        InputError: the folder holds another run, or cannot be written to.
+        InputError: as `RunFolder`.
     """
-    return out if isinstance(out, RunFolder) else RunFolder(None if out is None else Path(out), config)
+    return out if isinstance(out, RunFolder) else RunFolder(None if out is None else Path(out), config, fresh)
 
 
 def read_run(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensor]:
@@ -117,8 +171,8 @@ def read_run(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensor]:
     return document, adversarials
 
 
-def document_of(result: AttackResult) -> dict[str, Any]:
-    """results.json as plain JSON values; NaN and infinity become null."""
+def document_of(result: AttackResult, complete: bool = True) -> dict[str, Any]:
+    """results.json as plain JSON values; NaN and infinity become null. `complete`: the run came to its end."""
     from robustbox.results import REPLAYS, share_of
 
     run = dict(result.meta)
@@ -149,7 +203,14 @@ def document_of(result: AttackResult) -> dict[str, Any]:
         for i, identity in enumerate(run.pop("images"))
     ]
     written = datetime.now(UTC).isoformat(timespec="seconds")
-    document = {"schema": SCHEMA, "written": written, **run, "summary": result.summary(), "images": images}
+    document = {
+        "schema": SCHEMA,
+        "written": written,
+        "complete": complete,
+        **run,
+        "summary": result.summary(),
+        "images": images,
+    }
     return finite(document)  # type: ignore[no-any-return]
 
 

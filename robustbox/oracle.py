@@ -7,14 +7,18 @@ threat model; charge it to a ledger; ask the black box; check the answer; hide w
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from robustbox.errors import InputError, ModelError
+from robustbox.errors import InputError, ModelError, StorageError
 from robustbox.protocol import ANSWERED, Answer, BlackBox, Knowledge
+
+if TYPE_CHECKING:
+    from robustbox.journal import Journal
 
 Phase = Literal["attack", "calibrate", "verify", "train", "certify", "extract"]
 ATTACKER: tuple[Phase, ...] = ("attack", "calibrate")
@@ -61,6 +65,12 @@ class Oracle:
         self.total_budget = total_budget
         self.ledger: Counter[str] = Counter()
         self.scores = box.scores
+        self.journal: Journal | None = None
+        """What remembers the answers, and with them the run's time (`robustbox.journaled`)."""
+
+    def clock(self) -> float:
+        """Seconds, of which differences make sense; in a run that goes on, those that it took before count."""
+        return time.perf_counter() if self.journal is None else self.journal.now()
 
     @property
     def charged(self) -> int:
@@ -96,7 +106,7 @@ class Oracle:
         self.ledger.update(phases)
         try:
             answer = self.box.answer(rows.clone(), accounts)  # its own copy: a model may write into its input
-        except (InputError, ModelError, torch.OutOfMemoryError):
+        except (InputError, ModelError, StorageError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise ModelError(f"the model failed on {len(rows)} rows: {type(error).__name__}: {error}") from error
@@ -121,15 +131,15 @@ class Oracle:
                 f"the model was asked {n} rows and answered {max(counts - {n})}: it must answer each row once"
             )
         self.scores = self.box.scores  # a callable shows what it answers only with its first answer
-        host = torch.stack((answer.labels.long(), answer.status.long(), self._unusable(answer))).cpu()  # one transfer
+        host = torch.stack((answer.labels.long(), answer.status.long(), unusable(answer))).cpu()  # one transfer
         if host[2].any():
             raise ModelError(f"the model answered NaN or infinite scores for {int(host[2].sum())} of {n} rows")
         return Answer(host[0], answer.scores, host[1].to(torch.uint8))
 
-    @staticmethod
-    def _unusable(answer: Answer) -> Tensor:
-        """1 for the rows whose scores are NaN or +inf though they were answered, as int64 [n]."""
-        if answer.scores is None:
-            return torch.zeros_like(answer.labels, dtype=torch.long)
-        usable = (answer.scores < torch.inf).all(dim=1)
-        return (~usable & (answer.status == ANSWERED)).long()
+
+def unusable(answer: Answer) -> Tensor:
+    """1 for the rows whose scores are NaN or +inf though they were answered, as int64 [n]."""
+    if answer.scores is None:
+        return torch.zeros_like(answer.labels, dtype=torch.long)
+    usable = (answer.scores < torch.inf).all(dim=1)
+    return (~usable & (answer.status == ANSWERED)).long()

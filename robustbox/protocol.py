@@ -72,6 +72,8 @@ class BlackBox(ABC):
         levels: grey levels of the rows that it takes (256 where they travel as 8 bits), or None: any.
         stochastic: the same row may be answered differently when it is asked again.
         stateful: an answer depends on what was asked before; a defense around such a black box is stateful too.
+        paid: a row costs money; what is written of its answer then outlives the loss of power too.
+        replayed: its last answer came from a journal, and it was not asked itself.
         inner: the black box that this one defends, or None where it stands for itself.
     """
 
@@ -83,6 +85,8 @@ class BlackBox(ABC):
     levels: int | None = None
     stochastic: bool = False
     stateful: bool = False
+    paid: bool = False
+    replayed: bool = False
     inner: BlackBox | None = None
 
     @abstractmethod
@@ -90,6 +94,13 @@ class BlackBox(ABC):
         """Answer rows float32 [n,C,H,W] in [0, 1], sent by accounts int64 [n] (on the host).
 
         Accounts below 0 are the evaluator's: a defense that learns from queries judges them and does not remember them.
+        """
+
+    def skip(self, rows: Tensor, accounts: Tensor, answered: bool) -> None:  # noqa: B027  (most keep nothing in mind)
+        """Take note of rows that were sent in an earlier session of this run, and are not asked now.
+
+        A journal calls it on models that stand for themselves: one that draws from a stream of its own moves it on, one that
+        counts what it costs counts them. Where they were not `answered` they were in flight, and are asked again afterwards.
         """
 
     def describe(self) -> dict[str, object]:

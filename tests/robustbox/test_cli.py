@@ -94,7 +94,18 @@ def test_a_run_counts_shows_and_writes(world: World, capsys: pytest.CaptureFixtu
 
 
 def test_what_a_run_writes_is_what_the_documentation_says(world: World, root: Path) -> None:
-    words = ["--attack", "cgba", "--budget", "60", "--targets", "1", "--defense", "input-noise", "--levels", "256"]
+    words = [
+        "--attack",
+        "cgba",
+        "--budget",
+        "60",
+        "--targets",
+        "1",
+        "--defense",
+        "[blacklight, input-noise]",
+        "--levels",
+        "256",
+    ]
     assert run(*words, "--out", "one") == 0
     check_document(results("one"), root / "docs" / "results.md")
 
@@ -439,7 +450,7 @@ def test_a_folder_with_another_run_ends_in_one_line(world: World, capsys: pytest
     assert run("--out", "one", "--quiet") == 0
     spent, written = world.box.rows, Path("one/results.json").read_text()
     assert run("--out", "one", "--seed", "1") == 2
-    assert_one_line(capsys.readouterr(), "one holds another run")
+    assert_one_line(capsys.readouterr(), "one holds a complete run")
     assert world.box.rows == spent
     assert Path("one/results.json").read_text() == written
 

@@ -46,6 +46,7 @@ def outcome() -> AttackResult:
         "max_rows": 32,
         "seconds": {"clean": 0.1, "attack": 1.0, "verify": 0.2},
         "rows_per_second": float("inf"),
+        "journal": {"sessions": 1, "in_flight": 0},
         "environment": environment(torch.device("cpu")),
         "images": images,
     }
@@ -114,7 +115,7 @@ def test_a_folder_that_holds_another_run_is_refused_and_left_alone(tmp_path: Pat
 
 
 def test_of_two_runs_at_once_one_gets_the_folder(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run", {}), pytest.raises(InputError, match="holds another run"):
+    with open_run(tmp_path / "run", {}), pytest.raises(InputError, match="another run is writing to"):
         open_run(tmp_path / "run", {})
 
 
@@ -170,8 +171,8 @@ def test_results_come_last_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "replace", replace_and_note)
     with open_run(tmp_path, {}) as folder:
         folder.write(outcome())
-    assert moved == ["adversarials.safetensors", "results.json"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*moved[:1], "config.yaml", *moved[1:]]
+    assert moved == ["config.yaml", "adversarials.safetensors", "results.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "journal.sqlite", *moved}
 
 
 def test_no_folder_means_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

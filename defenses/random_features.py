@@ -15,7 +15,7 @@ from robustbox.boxes import ModuleBox
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, BlackBox, Defense
 
-from .layers import find, intercepted
+from .layers import Place, find, intercepted
 from .row_streams import Distribution, Mode, RowStreams, unit_noise
 
 Scale = Literal["std", "abs"]
@@ -90,7 +90,7 @@ class NoisyFeatures(BlackBox):
         self.device, self.input_shape, self.stateful = inner.device, inner.input_shape, inner.stateful
         self.classes, self.scores = inner.classes, inner.scores
         self.stochastic = inner.stochastic or (features.mode == "fresh" and features.nu > 0)
-        self.places = find(inner.module, features.places)
+        self.places, self._end = find(inner.module, features.places), Place("", inner.module, "post")
         self._features = features
         self._streams = RowStreams(inner.device, features.mode, seed, features.name)
 
@@ -118,8 +118,10 @@ class NoisyFeatures(BlackBox):
         streams, passed = self._streams.open(rows, accounts), set()
         n, features = len(rows), self._features
 
-        def noisy(k: int, h: Tensor) -> Tensor:
+        def noisy(k: int, h: Tensor) -> Tensor | None:
             passed.add(k)
+            if k == len(self.places):
+                return None
             if not h.ndim or h.shape[0] % n:
                 raise InputError(
                     f"at {self.places[k].name} the network holds a tensor {list(h.shape)} for {n} rows, not row by row"
@@ -130,12 +132,12 @@ class NoisyFeatures(BlackBox):
             spread = spread_of(h, n).mul_(features.nu).to(h.dtype).repeat_interleave(len(h) // n)
             return torch.addcmul(h, noise, spread.view(-1, *[1] * (h.ndim - 1)))
 
-        with intercepted(self.places, noisy):
+        with intercepted([*self.places, self._end], noisy):
             yield
         if self.inner.replayed:  # the network did not run
             return
         for k, place in enumerate(self.places):
-            if k not in passed:
+            if k not in passed and len(self.places) in passed:  # not where a journal replayed the answer
                 raise InputError(f"the network does not pass through {place.name}, so no noise was added there")
 
 

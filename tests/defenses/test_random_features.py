@@ -191,6 +191,19 @@ def test_it_needs_a_module_that_passes_there() -> None:
         RandomFeatures(at="1").wrap(ModuleBox(program), 0).answer(rows(2), torch.arange(2))
 
 
+def test_an_answer_that_was_known_already_takes_its_noise_from_the_stream_all_the_same() -> None:
+    """A journal that puts itself before the module's own answers: what comes after is as if the module had been asked."""
+    x, accounts = rows(3), torch.zeros(3, dtype=torch.long)
+    inner, again = ModuleBox(wide()), ModuleBox(wide())
+    box = RandomFeatures(at="1").wrap(inner, 0)
+    first, second = box.answer(x, accounts), box.answer(x, accounts)
+    resumed = RandomFeatures(at="1").wrap(again, 0)
+    vars(again)["answer"] = lambda *_: first
+    assert resumed.answer(x, accounts) is first
+    del vars(again)["answer"]
+    assert torch.equal(resumed.answer(x, accounts).scores, second.scores)  # type: ignore[arg-type]
+
+
 def test_a_tensor_that_mixes_rows_is_refused() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:

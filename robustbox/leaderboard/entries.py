@@ -83,7 +83,7 @@ def _entry(name: str, runs: Sequence[Run], threats: Sequence[Threat], sources: S
         "stateful": any(run.document["stateful"] for run in runs),
         "images": {"count": len(first["images"]), "sha256": _images_sha256(runs[0])},
         "clean_accuracy": share_of(sum(clean.values()), len(clean)),
-        "false_positives": _false_positives(first, sources),
+        "false_positives": _false_positives(runs[0], sources),
         "certified": _certified(first, radii, sources),
         "cost": None,
         "threats": [_threat(threat, its, clean) for threat, its in own],
@@ -182,12 +182,12 @@ def _attack(run: Run, threat: Threat) -> dict[str, Any]:
     }
 
 
-def _false_positives(document: Mapping[str, Any], sources: Sources) -> dict[str, Any] | None:
+def _false_positives(run: Run, sources: Sources) -> dict[str, Any] | None:
     """Rows that nobody attacked and the gate refused all the same, with the Clopper-Pearson interval that the audit took."""
     for found in sources.benign:
         model = found["model"]["name"] if isinstance(found["model"], dict) else found["model"]
-        same = defense_key(found["defense"]) == defense_key(document["defense"])
-        if same and model == document["model"]["name"]:
+        same = defense_key(found["defense"]) == defense_key(run.document["defense"])
+        if same and model in (run.document["model"]["name"], run.config["model"]):
             hits, of = found["refused"], found["of"]
             return {
                 "hits": hits,

@@ -199,12 +199,21 @@ def _false_positives(run: Run, sources: Sources) -> dict[str, Any] | None:
     return None
 
 
+def _smooths(certificate: Mapping[str, Any], defense: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a certificate is one of this chain: it holds for the smoothed classifier, never for the one that is smoothed."""
+    if not defense or defense[0]["name"] != "smoothing":
+        return False
+    return defense[0]["options"]["sigma"] == certificate["sigma"] and defense_key(defense[1:]) == defense_key(
+        certificate["defense"]
+    )
+
+
 def _certified(document: Mapping[str, Any], radii: Sequence[float], sources: Sources) -> dict[str, Any] | None:
     """Certified accuracy at the certificate's own radii and at those of the threat models, from image to image."""
     for found, digest in sources.certificates:
         model, own = found["model"], document["model"]
         same = model["name"] == own["name"] and model.get("weights_sha256") == own.get("weights_sha256")
-        if same and defense_key(found["defense"]) == defense_key(document["defense"]):
+        if same and _smooths(found, document["defense"]):
             images = found["images"]
             held = [image["radius"] if image["correct"] else -1.0 for image in images]
             points = sorted({float(r) for r in found["summary"]["certified_accuracy"]} | set(radii))

@@ -6,7 +6,6 @@ writes what it returns to a file that `--defense` reads (`robustbox.defense_file
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustbox.batching import BatchSize
 from robustbox.dispatch import joined
 from robustbox.oracle import Oracle
 from robustbox.protocol import Answer, BlackBox, Defense
@@ -43,6 +41,8 @@ class Workshop:
         checkpoint: a file in which a long training may keep its state, to go on after it was interrupted; or None.
         report: takes one line on how the training stands.
         record: plain JSON values that the file of the defense shall hold beside it: what was measured, at which cost.
+        max_rows: rows fused into one pass, always the same, so that a training can be repeated to the last bit; None is 64 on
+            a CPU and 1024 elsewhere.
     """
 
     oracle: Oracle
@@ -52,7 +52,7 @@ class Workshop:
     checkpoint: Path | None = None
     report: Callable[[str], None] = silent
     record: dict[str, object] = field(default_factory=dict)
-    _batch: BatchSize = field(default_factory=BatchSize)
+    max_rows: int | None = None
 
     @property
     def box(self) -> BlackBox:
@@ -60,7 +60,7 @@ class Workshop:
         return self.oracle.box
 
     def ask(self, rows: Tensor, phase: Literal["train", "verify"] = "train", defense: Defense | None = None) -> Answer:
-        """Answer rows [n,C,H,W], each charged to a ledger, in passes of a size that is learnt: scores are on the device.
+        """Answer rows [n,C,H,W], each charged to a ledger, in passes of one size: scores are on the device.
 
         Args:
             rows: what to ask; the threat model's rounding applies.
@@ -70,14 +70,10 @@ class Workshop:
         oracle = self.oracle if defense is None else self._behind(defense)
         parts = []
         with torch.no_grad():
-            rows, start = oracle.round(rows.detach()), 0
-            while start < len(rows):
-                part = rows[start : start + self._batch.size]
-                begin = time.perf_counter()
+            size = self.max_rows or (64 if oracle.box.device.type == "cpu" else 1024)
+            for part in oracle.round(rows.detach()).split(size):
                 accounts = clerks(sum(oracle.ledger.values()), len(part))
                 parts.append(oracle.ask(part, accounts, {phase: len(part)}))
-                self._batch.observe(len(part), time.perf_counter() - begin)
-                start += len(part)
         return joined(parts)
 
     def _behind(self, defense: Defense) -> Oracle:

@@ -35,11 +35,15 @@ logging.getLogger("stamina").addHandler(logging.NullHandler())  # it would say l
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A request: the arguments that httpx takes for its body, its headers, and how many rows it buys."""
+    """A request: the arguments that httpx takes for its body, its headers, and how many rows it buys.
+
+    Its key is the same when an earlier session of the run may have sent it; None where no session can have.
+    """
 
     rows: int
     body: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
+    key: str | None = None
 
 
 class Courier:
@@ -75,7 +79,7 @@ class Courier:
         read: Callable[[httpx2.Response], T],
         attempts: int | None = None,
     ) -> T:
-        """Send a message until it is answered, as often as `retry.attempts` or `attempts` allow.
+        """Send a message until it is answered, as often as `retry.attempts` or `attempts` allow; all times under one key.
 
         `read` makes sense of the answer, or raises Garbled.
 
@@ -86,7 +90,7 @@ class Courier:
         if token is not None:
             headers[self.service.token_header] = self.service.token_prefix + token
         if self.key_header is not None:
-            headers[self.key_header] = uuid.uuid4().hex
+            headers[self.key_header] = message.key or uuid.uuid4().hex
         retry, held, doubtful, sent = self.service.retry, False, 0, 0
         most = attempts or retry.attempts
         try:
@@ -129,7 +133,12 @@ class Courier:
         raise AssertionError("the last attempt returns or raises")
 
     def _attempt(
-        self, method: str, url: str, message: Message, headers: dict[str, str], read: Callable[[httpx2.Response], T]
+        self,
+        method: str,
+        url: str,
+        message: Message,
+        headers: dict[str, str],
+        read: Callable[[httpx2.Response], T],
     ) -> T:
         try:
             response = self._fetched(method, url, headers, message.body)

@@ -75,6 +75,11 @@ class Purse:
             else:
                 self.doubtful += rows
 
+    def resolve(self, rows: int) -> None:
+        """Rows are in doubt no more: they were answered in the end, under the key that they had, and are charged once."""
+        with self._lock:
+            self.doubtful -= rows
+
     def release(self, rows: int) -> None:
         """The rows of a request cost nothing."""
         with self._lock:

@@ -1,17 +1,15 @@
-"""Models behind an address: `http://...` and `https://...` (a `robustbox.serve`), `remote:FILE.yaml` (anybody's service).
+"""A model behind an HTTP service, as a black box. docs/remote.md describes it; `addresses.py` has the names of such models.
 
-docs/remote.md describes them. What a row costs is the service's to say; what we asked is counted here.
+What a row costs is the service's to say; what we asked is counted here.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
@@ -28,44 +26,8 @@ from .courier import Courier, Message
 from .dialects import Dialect, Robustbox, Rows
 from .failures import Garbled
 from .price import Purse
-from .service_file import ServiceFile, read_service
+from .service_file import ServiceFile
 from .templates import Template
-
-TOKEN, ACCOUNT_TOKENS = "ROBUSTBOX_TOKEN", "ROBUSTBOX_ACCOUNT_TOKENS"
-"""The environment variables that hold tokens where no YAML file names others."""
-
-
-def http(rest: str) -> RemoteBox:
-    """A model that `python -m robustbox.serve` serves, by its address; a token stands in ROBUSTBOX_TOKEN."""
-    return _at(f"http:{rest}")
-
-
-def https(rest: str) -> RemoteBox:
-    """As http, over TLS."""
-    return _at(f"https:{rest}")
-
-
-def remote(path: str) -> RemoteBox:
-    """A model behind anybody's HTTP service, as a YAML file describes it (docs/remote.md)."""
-    service = read_service(path)
-    here = Path(path).parent
-    service = replace(
-        service,
-        ca_file=service.ca_file and str(here / service.ca_file),
-        ledger=service.ledger and str(here / service.ledger),
-    )
-    return RemoteBox(service, f"remote:{path}")
-
-
-def _at(url: str) -> RemoteBox:
-    parts = urlsplit(url)
-    if not parts.hostname or parts.username or parts.query or parts.fragment:
-        raise InputError(
-            f"an address looks like {parts.scheme}://HOST:PORT/PATH, without names, passwords or ?...: a token stands in the "
-            f"environment variable {TOKEN}, or in one that a YAML file names (remote:FILE.yaml)"
-        )
-    token, accounts = (name if os.environ.get(name) else None for name in (TOKEN, ACCOUNT_TOKENS))
-    return RemoteBox(ServiceFile(url=url, token_env=token, account_tokens_env=token and accounts), url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +62,8 @@ class RemoteBox(BlackBox):
         self.stochastic, self.stateful = service.stochastic, service.stateful
         self.paid = bool(service.price_per_1000)
         self._acts = False
+        self._run: str | None = None  # with how many passes were answered, what the keys of requests hang on
+        self._passes, self._in_doubt = 0, 0
         self._reported: dict[str, Any] = {}
         self._dialect: Dialect
         if service.response is None:
@@ -148,7 +112,10 @@ class RemoteBox(BlackBox):
         """
         parts = list(self._parts(rows.cpu().numpy(), accounts.cpu().numpy()))
         acting = self._courier.tokens.of(-1) if self._acts else ""  # the attacker's own tokens act for nobody
-        messages = [self._dialect.say(p.rows, p.accounts if p.token == acting else None) for p in parts]
+        messages = [
+            replace(self._dialect.say(p.rows, p.accounts if p.token == acting else None), key=self._key(k, p))
+            for k, p in enumerate(parts)
+        ]
         if self._threads is None or len(parts) == 1:
             answers = [self._exchange(*pair) for pair in zip(messages, parts, strict=True)]
         else:
@@ -161,6 +128,7 @@ class RemoteBox(BlackBox):
             wait([future for future in running if not future.cancelled()])
             failed = [f for f in running if not f.cancelled() and f.exception() is not None]
             answers = [(failed[0] if failed else future).result() for future in running]
+        self._answered()
         return self._joined(answers, len(rows))
 
     def _parts(self, rows: Rows, accounts: NDArray[np.int64]) -> Iterator[_Part]:
@@ -173,6 +141,14 @@ class RemoteBox(BlackBox):
                 stop += 1
             yield _Part(rows[start:stop], accounts[start:stop], tokens[start])
             start = stop
+
+    def _key(self, number: int, part: _Part) -> str | None:
+        """The key of a part of the next pass, the same in every session of a run that has a journal."""
+        if self._run is None:
+            return None
+        digest = hashlib.blake2b(f"{self._run} {self._passes} {number}".encode(), digest_size=16)
+        digest.update(part.rows.tobytes() + part.accounts.tobytes())
+        return digest.hexdigest()
 
     def _exchange(self, message: Message, part: _Part) -> Answer:
         def read(response: httpx2.Response) -> Answer:
@@ -198,15 +174,32 @@ class RemoteBox(BlackBox):
             self.scores = recognise(scores[status == ANSWERED])
         return Answer(labels, scores, status)
 
+    def resume(self, key: str) -> None:
+        """Name all requests by the run, so that the service knows those that an earlier session sent."""
+        self._run, self._passes, self._in_doubt = key, 0, 0
+
+    def skip(self, rows: Tensor, accounts: Tensor, answered: bool) -> None:
+        """Count what an earlier session of the run bought, and give its accounts the tokens that they had."""
+        for account in accounts.tolist():
+            self._courier.tokens.of(account)
+        if answered:
+            self._purse.recall(len(rows), answered=True)
+            self._answered()
+        elif self._courier.key_header is None or not self._in_doubt:  # under one key it is charged once
+            self._purse.recall(len(rows), answered=False)
+            self._in_doubt = len(rows)
+
+    def _answered(self) -> None:
+        """A pass was answered; what was in flight of it in earlier sessions under the same keys is in doubt no more."""
+        if self._courier.key_header is not None:
+            self._purse.resolve(self._in_doubt)
+        self._passes, self._in_doubt = self._passes + 1, 0
+
     def close(self) -> None:
         """Give the connections back."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         self._courier.close()
-
-    def skip(self, rows: Tensor, accounts: Tensor, answered: bool) -> None:
-        """Count what an earlier session of the run bought."""
-        self._purse.recall(len(rows), answered)
 
     def describe(self) -> dict[str, object]:
         """What a result must record: the service, how it was spoken to, and what it cost. No token, and no header."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -59,6 +60,11 @@ class Journal:
         self._now, self._zero = 0.0, 0.0
 
     @property
+    def key(self) -> str:
+        """A name that no other run has, and that stays when the run goes on."""
+        return str(self._identity.get("key", ""))
+
+    @property
     def in_flight(self) -> int:
         """Rows that were asked and whose answers were never written: they were asked again, or will be."""
         return self.sent - self.answered
@@ -81,7 +87,8 @@ class Journal:
         if not self.sent:
             self._log.clear()
             self.sessions = 0
-            self._append(Event(BEGIN, content=content.encode()))
+            named = json.dumps({**identity, "key": uuid.uuid4().hex}, sort_keys=True)
+            self._append(Event(BEGIN, content=named.encode()))
         elif differing := sorted(k for k, v in json.loads(content).items() if self._identity.get(k) != v):
             raise InputError(
                 f"the journal in {self.path.parent} belongs to another run (its {', '.join(differing)} differ): to go on, "

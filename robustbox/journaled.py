@@ -44,6 +44,7 @@ def journaled(oracle: Oracle, journal: Journal | None, identity: dict[str, Any])
     while model.inner is not None:
         model = model.inner
     journal.begin(identity, durable=model.paid)
+    model.resume(journal.key)
     own, oracle.journal = dict(vars(model)), journal
     vars(model)["answer"] = _through(journal, model, scores=model is not oracle.box or oracle.knowledge != "label")
     try:

@@ -96,6 +96,12 @@ class BlackBox(ABC):
         Accounts below 0 are the evaluator's: a defense that learns from queries judges them and does not remember them.
         """
 
+    def resume(self, key: str) -> None:  # noqa: B027  (most need no name)
+        """Take note that a run begins or goes on which a journal keeps, under a key that is its own and stays.
+
+        A model that is asked over a network names its requests by it, so that what was in flight is not bought again.
+        """
+
     def skip(self, rows: Tensor, accounts: Tensor, answered: bool) -> None:  # noqa: B027  (most keep nothing in mind)
         """Take note of rows that were sent in an earlier session of this run, and are not asked now.
 

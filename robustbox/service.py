@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 from robustbox.accounts import Accounts, Client
 from robustbox.bodies import Refusal, read_rows
 from robustbox.errors import ModelError
+from robustbox.oracle import unusable
 from robustbox.protocol import Answer, BlackBox
 from robustbox.wire import ACCOUNT, KEY, NPY, REPLAYED, SCORES, STATUS, pack_answer
 from robustbox.worker import Worker
@@ -135,12 +136,13 @@ class Service:
             raise Refusal(500, "model_failed", str(error)) from error
 
     def _book(self, done: asyncio.Future[Answer], client: Client, key: str | None, senders: list[int]) -> None:
-        """Count what was answered; a pass in which the model failed costs nothing and may be asked again."""
+        """Count what was answered; a pass in which the model failed costs nothing, and like one of NaN is not kept."""
+        sound = done.exception() is None and not bool(unusable(done.result()).any())
         if done.exception() is None:
             self.rows.update(STATUS[status] for status in done.result().status.tolist())
-            return
-        self.accounts.refund(client, senders)
-        if key is not None:
+        else:
+            self.accounts.refund(client, senders)
+        if key is not None and not sound:
             self._kept.pop((client.name, key), None)
 
     def _remember(self, key: tuple[str, str], kept: Kept) -> None:

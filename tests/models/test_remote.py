@@ -19,7 +19,8 @@ from robustbox.accounts import Accounts, Client, read_tokens
 from robustbox.boxes import as_black_box
 from robustbox.defenses.blacklight import Blacklight
 from robustbox.errors import InputError, ModelError
-from robustbox.models.remote import ACCOUNT_TOKENS, TOKEN, RemoteBox
+from robustbox.models.addresses import ACCOUNT_TOKENS, TOKEN
+from robustbox.models.remote import RemoteBox
 from robustbox.models.service_file import Request, Retry, ServiceFile, read_service
 from robustbox.protocol import BlackBox
 from robustbox.service import Limits, Service

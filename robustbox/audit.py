@@ -70,8 +70,12 @@ def run(arguments: argparse.Namespace) -> AuditResult | None:
         audit.preflight(lambda system: bar.say(f"looking at {system.id}"))
         show_preflight(audit, console)
         bar.begin()
-        for outcome in audit.run(watch=bar):
-            bar.end(outcome)
+        try:
+            for outcome in audit.run(watch=bar):
+                bar.end(outcome)
+        except KeyboardInterrupt:
+            audit.conclude()  # of what is there by now
+            raise
         result = audit.conclude()
     show(result, console)
     return result
@@ -172,7 +176,7 @@ def show(result: AuditResult, console: Console) -> None:
         clean, robust = row["clean_accuracy"], row["robust_accuracy"]
         place = [row["model"], row["defense"], row["threat"], str(row["budget"])]
         if robust is None:
-            table.add_row(*place, "-", "failed", "-", "-")
+            table.add_row(*place, "-", "no results", "-", "-")
             continue
         interval = f"{robust['low']:.1%} to {robust['high']:.1%}"
         mark = "" if row["complete"] else " at most"
@@ -183,9 +187,11 @@ def show(result: AuditResult, console: Console) -> None:
         console.print(
             f"{verdict['threshold']}: {verdict['where']}: {word}", highlight=False, markup=False, soft_wrap=True
         )
-    failed = sum(cell["status"] == "failed" for cell in result.document["cells"])
+    failed = sum(cell["status"] != "done" for cell in result.document["cells"])
     if failed:
-        console.print(f"{failed} of {len(result.document['cells'])} cells failed; the same command runs them again")
+        console.print(
+            f"{failed} of {len(result.document['cells'])} cells have no results; the same command runs them again"
+        )
     console.print(f"written to {result.folder}", highlight=False)
 
 

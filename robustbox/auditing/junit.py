@@ -31,8 +31,8 @@ def _suite(root: ElementTree.Element, name: str, cases: list[ElementTree.Element
 
 def _cell(cell: Document) -> ElementTree.Element:
     case = _case(f"{cell['model']}.{cell['defense']}", cell["id"], cell["seconds"] or 0.0)
-    if cell["status"] == "failed":
-        ElementTree.SubElement(case, "error", message=cell["error"] or "no results")
+    if cell["status"] != "done":
+        ElementTree.SubElement(case, "error", message=cell["error"] or "not run")
     return case
 
 

@@ -51,7 +51,7 @@ def _entry(cell: Document | None) -> Document | None:
     if cell is None:
         return None
     if cell["robust_accuracy"] is None:
-        return {"value": 0.0, "text": "failed", "note": "see below"}
+        return {"value": 0.0, "text": cell["status"], "note": "see below"}
     share = cell["robust_accuracy"]
     note = f"{100 * share['low']:.0f} to {100 * share['high']:.0f} %"
     href = f"{cell['folder']}/report.html"

@@ -13,21 +13,19 @@ from typing import Any
 import torch
 import yaml
 
-from robustbox import inputs, setting
 from robustbox.errors import InputError
 from robustbox.folder import environment, finite, replace_file
-from robustbox.protocol import BlackBox
 
 from .cells import Cell, Executor, Outcome, Watch, in_turn, read_cell, read_failure, run_cell
 from .estimate import Estimate, estimate
-from .flags import Flag, flag
 from .junit import write_junit
 from .loading import load
 from .page import write_audit_page
-from .plan import Plan, System, images_of, make_plan
-from .preflight import Subject, look
+from .plan import Plan, System, make_plan
+from .preflight import look
 from .spec import AuditSpec
 from .summary import cell_summary, row_summary
+from .systems import benign_of, sees, subject_of, system_summary
 from .thresholds import rows_of, verdicts
 from .world import World
 
@@ -106,12 +104,24 @@ class Audit:
             raise InputError(f"another audit is running in {self.folder}") from None
         except OSError as error:
             raise InputError(f"the audit's folder {self.folder} cannot be written to: {error.strerror}") from error
+        self._check_models()
         text = yaml.safe_dump(self.spec.plain(), sort_keys=False, allow_unicode=True)
         replace_file(self.folder / AUDIT, text.encode())
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
+
+    def _check_models(self) -> None:
+        """Refuse to take what other weights answered for answers of a model."""
+        for system in self.plan.systems:
+            weights = self.world.box(system.model.model, self.spec.device).describe().get("weights_sha256")
+            for cell in self.plan.of(system):
+                then = (read_cell(cell.folder) or {}).get("model", {}).get("weights_sha256")
+                if None not in (then, weights) and then != weights:
+                    raise InputError(
+                        f"{system.model.name} has other weights than when {cell.folder} was run: choose another folder"
+                    )
 
     def estimate(self, everything: bool = False) -> Estimate:
         """What the cells that are not done (or all) cost at most, as far as it is known by now."""
@@ -126,14 +136,17 @@ class Audit:
             if path.exists():
                 seen = json.loads(path.read_text(encoding="utf-8"))
             else:
-                seen = finite(look(self._subject(system), self.spec.preflight))
+                seen = finite(look(subject_of(system, self.spec, self.world), self.spec.preflight))
                 path.parent.mkdir(exist_ok=True)
                 if seen["error"] is None:  # what failed is looked at again the next time
                     replace_file(path, _json(seen))
             self.seen[system.id] = seen
-            self._write_benign(system, seen)
+            if seen["benign"] is not None:
+                path = self.folder / "benign" / f"{system.id}.json"
+                path.parent.mkdir(exist_ok=True)
+                replace_file(path, _json(benign_of(system, seen["benign"])))
             for cell in self.plan.of(system):
-                if seen["scores"] == "none" and self._sees(cell) != "label":
+                if seen["scores"] == "none" and sees(cell) != "label":
                     self.plan.exclude(cell, "the black box answers labels only, and this attack needs scores")
 
     def run(self, executor: Executor = in_turn, watch: Watch | None = None) -> Any:
@@ -159,7 +172,10 @@ class Audit:
         cells = self.plan.cells
         documents = {cell.id: read_cell(cell.folder) for cell in cells}
         summaries = {cell.id: cell_summary(cell, documents[cell.id], self._failure(cell)) for cell in cells}
-        systems = [self._system(system, documents) for system in self.plan.systems]
+        systems = [
+            system_summary(system, self.seen[system.id], self.plan.of(system), documents)
+            for system in self.plan.systems
+        ]
         found = verdicts(self.spec.thresholds, cells, documents, summaries, systems)
         device = torch.device("cuda" if torch.cuda.is_available() and self.spec.device == "auto" else "cpu")
         ledgers = [seen["rows"] for seen in self.seen.values()] + [cell["rows"] or {} for cell in summaries.values()]
@@ -180,67 +196,10 @@ class Audit:
         }
         return dict(finite(document))
 
-    def _subject(self, system: System) -> Subject:
-        model, images, labels = images_of(system.model, self.spec, self.world)
-        defenses = inputs.resolve_defenses(system.defense.defense, system.defense.options)
-
-        def build() -> BlackBox:
-            box = model
-            for recipe in reversed(defenses):
-                box = recipe.wrap(box, self.spec.seed)
-            return box
-
-        other = self.spec.preflight.benign_data
-        everything = self.world.everything(other or system.model.data or setting.own_data(system.model.model))[0]
-        benign = everything if other else everything[len(images) :]
-        levels = system.model.levels or model.levels
-        return Subject(build, model, images, labels, benign if len(benign) else None, levels, self.spec.seed)
-
-    def _write_benign(self, system: System, seen: dict[str, Any]) -> None:
-        if seen["benign"] is None:
-            return
-        defenses = inputs.resolve_defenses(system.defense.defense, system.defense.options)
-        recipes = [{"name": recipe.name, "options": recipe.options()} for recipe in defenses]
-        content = {"schema": 1, "model": system.model.model, "defense": recipes, **seen["benign"], "confidence": 0.95}
-        path = self.folder / "benign" / f"{system.id}.json"
-        path.parent.mkdir(exist_ok=True)
-        replace_file(path, _json(finite(content)))
-
     def _failure(self, cell: Cell) -> str | None:
         where = next(s for s in self.plan.systems if (s.model.name, s.defense.name) == (cell.model, cell.defense))
         error = self.seen.get(where.id, {}).get("error")
         return f"pre-flight: {error}" if error else read_failure(cell.folder)
-
-    @staticmethod
-    def _sees(cell: Cell) -> str:
-        config = cell.config
-        return config.knowledge or inputs.resolve_attack(config.attack, config.attack_options).knowledge
-
-    def _system(self, system: System, documents: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
-        seen, cells = self.seen[system.id], self.plan.of(system)
-        done = next((document for cell in cells if (document := documents[cell.id]) is not None), None)
-        flags = [*seen["flags"], *(each.plain() for each in self._of_cells(seen, cells, system))]
-        return {
-            "id": system.id,
-            "model": system.model.name,
-            "defense": system.defense.name,
-            "clean_accuracy": seen["clean"] if done is None else done["summary"]["clean_accuracy"],
-            "benign": seen["benign"],
-            "certified": None,
-            "preflight": {key: value for key, value in seen.items() if key not in ("flags", "benign")},
-            "flags": flags,
-        }
-
-    def _of_cells(self, seen: dict[str, Any], cells: list[Cell], system: System) -> list[Flag]:
-        """Flags that depend on the attacks that are run."""
-        flags = []
-        if seen["stochastic"] and not any(cell.config.eot > 1 for cell in cells):
-            flags.append(flag("no-eot"))
-        if seen["stateful"] and not any(cell.config.attack.startswith("oars:") for cell in cells):
-            flags.append(flag("no-adaptive-attack"))
-        if cells and (n := cells[0].config.images or 0) < 100:
-            flags.append(flag("few-images", f"{n} images"))
-        return flags
 
 
 def _json(value: Any) -> bytes:

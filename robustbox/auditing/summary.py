@@ -28,7 +28,7 @@ def cell_summary(cell: Cell, document: Document | None, error: str | None) -> Do
     facts = {
         "id": cell.id,
         **cell.where(),
-        "status": "done" if document is not None else "failed",
+        "status": "done" if document is not None else "not-run" if error is None else "failed",
         "error": error,
         "folder": f"cells/{cell.id}",
         "norm": config.norm,

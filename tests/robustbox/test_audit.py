@@ -19,7 +19,7 @@ import yaml
 
 import robustbox as rb
 from robustbox.audit import main
-from robustbox.auditing.cells import Cell, Outcome, Work
+from robustbox.auditing.cells import Cell, Outcome, Work, run_cell
 from robustbox.auditing.loading import load
 from robustbox.auditing.run import Audit
 from robustbox.auditing.world import World
@@ -117,6 +117,17 @@ def test_the_failure_of_one_cell_is_recorded_and_the_rest_runs(tmp_path: Path) -
     healed = audit(tmp_path, models, models=both, thresholds=bound)
     assert healed["passed"]
     assert {cell["status"] for cell in healed["cells"]} == {"done"}
+
+
+def test_cells_of_another_model_are_not_taken_for_this_ones(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
+    data = {"planted": (DATA["planted"][0], module(DATA["planted"][0]).argmax(dim=1))}
+    rb.run_audit(SPEC, tmp_path, models={"spy": module}, data=data)
+    with torch.no_grad():
+        module[1].weight += 1e-3
+    with pytest.raises(InputError, match=r"spy has other weights than when .* was run: choose another folder"):
+        rb.run_audit(SPEC, tmp_path, models={"spy": module}, data=data)
 
 
 def test_another_executor_gives_the_same_audit(tmp_path: Path) -> None:
@@ -252,6 +263,19 @@ def test_exit_codes_say_whether_thresholds_hold(tmp_path: Path, capsys: pytest.C
     assert "MISSED: clean-accuracy is 1 (95 % interval 0.6097 to 1), must be at least 0.99" in capsys.readouterr().out
     assert main([str(tmp_path / "none.yaml"), "--out", out]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_after_an_interrupt_the_report_says_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(cell: Cell, world: World, watch: object = None) -> Outcome:
+        if cell.attack == "square":
+            raise KeyboardInterrupt
+        return run_cell(cell, world)
+
+    monkeypatch.setattr("robustbox.auditing.run.run_cell", interrupted)
+    assert main([written(tmp_path, attacks=["cgba", "square"]), "--quiet", "--out", str(tmp_path / "out")]) == 130
+    document = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert {cell["attack"]: cell["status"] for cell in document["cells"]} == {"cgba": "done", "square": "not-run"}
+    assert document["rows"][0]["complete"] is False
 
 
 def test_an_audit_that_was_killed_goes_on_to_the_same_report(tmp_path: Path, root: Path) -> None:

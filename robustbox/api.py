@@ -95,7 +95,7 @@ def run_attack(
         ModelError: the model failed in mid-run; its `result` holds what was found, and so does the folder `out`.
         StorageError: the folder `out` can no longer be written to.
     """
-    contest = _contest(
+    contest = prepare(
         model,
         images,
         labels,
@@ -118,11 +118,30 @@ def run_attack(
         eot=eot,
         accounts=accounts,
     )
+    return conduct(contest, out, fresh, progress)
+
+
+def conduct(
+    contest: Contest,
+    out: str | Path | RunFolder | None = None,
+    fresh: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    need_one: bool = True,
+) -> AttackResult:
+    """Run a contest that is built, from the clean check to the folder: the second half of `run_attack`.
+
+    Args:
+        contest, out, fresh, progress: as there.
+        need_one: whether it is an error if no image is classified correctly.
+
+    Raises:
+        InputError, ModelError, StorageError: as `run_attack`.
+    """
     with (
         open_run(out, contest.config(), fresh) as folder,
         journaled(contest.oracle, folder.journal, contest.identity() if folder.journal else {}),
     ):
-        contest.check_clean()
+        contest.check_clean(need_one)
         check_knowledge(contest.oracle.knowledge, contest.attack.knowledge, contest.oracle.box)  # known by now
         try:
             contest.fight(progress)
@@ -152,10 +171,10 @@ def worst_case(model: Model, images: Tensor | ArrayLike, labels: Tensor | ArrayL
     Raises:
         InputError: as `run_attack`.
     """
-    return _contest(model, images, labels, **setting).worst_case()
+    return prepare(model, images, labels, **setting).worst_case()
 
 
-def _contest(
+def prepare(
     model: Model,
     images: Tensor | ArrayLike,
     labels: Tensor | ArrayLike,
@@ -179,7 +198,7 @@ def _contest(
     eot: int = 1,
     accounts: int | None = 1,
 ) -> Contest:
-    """Everything checked and built, nothing asked."""
+    """Everything checked and built, nothing asked: the first half of `run_attack`."""
     chosen = inputs.resolve_attack(attack, attack_options)
     defenses = inputs.resolve_defenses(defense, defense_options)
     own = "l2" if "l2" in chosen.norms else chosen.norms[0]

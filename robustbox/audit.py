@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from robustbox.auditing.cells import Cell, Outcome
+from robustbox.auditing.cells import Cell, Executor, Outcome, in_turn
 from robustbox.auditing.estimate import Estimate
 from robustbox.auditing.flags import flags_of
 from robustbox.auditing.junit import complaint
@@ -26,6 +26,7 @@ from robustbox.auditing.loading import load
 from robustbox.auditing.plan import Plan
 from robustbox.auditing.run import Audit, AuditResult
 from robustbox.auditing.world import World
+from robustbox.cluster import Cluster
 from robustbox.errors import InputError
 from robustbox.loop import Progress
 
@@ -52,6 +53,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help="the audit's folder, where it goes on if it was stopped; default: runs/NAME"
     )
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="run the cells on a Ray cluster: `local`, or the address of one (docs/cluster.md)",
+    )
+    for name, kind, default, meaning in (
+        ("images-per-task", int, Cluster.images, "images of a cell that one task attacks, where a cell can be cut"),
+        ("cpus-per-worker", float, Cluster.cpus, "cores that a task asks for"),
+        ("gpus-per-worker", float, Cluster.gpus, "GPUs that a task asks for, or part of one"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, help=f"with --cluster: {meaning}; default: {default}"
+        )
     parser.add_argument("--dry-run", action="store_true", help="show the plan and what it costs at most, ask no query")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
     return parser
@@ -71,7 +85,7 @@ def run(arguments: argparse.Namespace) -> AuditResult | None:
         show_preflight(audit, console)
         bar.begin()
         try:
-            for outcome in audit.run(watch=bar):
+            for outcome in audit.run(_executor(arguments), watch=bar):
                 bar.end(outcome)
         except KeyboardInterrupt:
             audit.conclude()  # of what is there by now
@@ -79,6 +93,17 @@ def run(arguments: argparse.Namespace) -> AuditResult | None:
         result = audit.conclude()
     show(result, console)
     return result
+
+
+def _executor(arguments: argparse.Namespace) -> Executor:
+    if arguments.cluster is None:
+        return in_turn
+    return Cluster(
+        address=arguments.cluster,
+        images=arguments.images_per_task,
+        cpus=arguments.cpus_per_worker,
+        gpus=arguments.gpus_per_worker,
+    )
 
 
 class Matrix(AbstractContextManager["Matrix"]):

@@ -134,17 +134,17 @@ class Contest:
         """
         self.attack.check(self._task(0))
 
-    def check_clean(self) -> None:
+    def check_clean(self, need_one: bool = True) -> None:
         """Find the images that are classified correctly; the others are not attacked.
 
         Raises:
-            InputError: there is none.
+            InputError: there is none, and one is needed.
         """
         self._clock = self.oracle.clock()
         self._clean = share_reached(self.oracle, self.images, self.labels, self._clean_clerks, self._fused) > 0.5
         if self._classes is None:  # a callable's first answer shows how many there are
             check_labels(self.labels, len(self.labels), self.oracle.box.classes)
-        if not self._clean.any():
+        if need_one and not self._clean.any():
             raise InputError(
                 "no image is classified correctly, so there is nothing to attack: "
                 "check the labels, and that the model takes images in [0, 1]"
@@ -160,6 +160,8 @@ class Contest:
             ModelError: the black box failed; what was found until then is kept.
         """
         attacked = np.flatnonzero(self._clean).tolist()
+        if not attacked:
+            return
         loop = QueryLoop(
             self.oracle,
             self.attack,

@@ -151,6 +151,14 @@ def open_run(
     return out if isinstance(out, RunFolder) else RunFolder(None if out is None else Path(out), config, fresh)
 
 
+def is_complete(path: Path) -> bool:
+    """Whether a folder holds a run that came to its end."""
+    try:
+        return bool(json.loads((path / RESULTS).read_text(encoding="utf-8"))["complete"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def read_run(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensor]:
     """The results (as docs/results.md describes them) and the adversarials [N,C,H,W] (NaN where none) of a folder.
 

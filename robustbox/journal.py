@@ -12,7 +12,7 @@ import json
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,11 @@ class Journal:
     def end(self) -> None:
         """Write down that the run has come to its end."""
         self._append(Event(END, times=self._readings()))
+
+    def absorb(self, events: Iterable[Event]) -> None:
+        """Take over the events of another journal, after those that are here: for the record, not for a replay."""
+        for event in events:
+            self._append(event)
 
     def close(self) -> None:
         """Give the lock back."""

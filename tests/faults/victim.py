@@ -1,0 +1,40 @@
+"""A run that is made to be killed: a service that writes down each row that it answers, before it answers."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from robustbox.api import run_attack
+from robustbox.protocol import Answer, BlackBox
+from robustbox.results import AttackResult
+from tests.toys import images
+
+
+class Service(BlackBox):
+    """Class 1 where the mean exceeds 0.6; its own count of rows is the size of a file, a byte a row."""
+
+    name, classes, scores = "service", 2, "logit"
+
+    def __init__(self, log: Path, pause: float = 0.0) -> None:
+        self.log, self.pause = log, pause
+
+    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        with self.log.open("ab", buffering=0) as file:
+            os.write(file.fileno(), b"." * len(rows))
+        time.sleep(self.pause)
+        margin = torch.stack([row.double().mean() for row in rows]) - 0.6
+        return Answer.of((margin > 0).long(), torch.stack([-margin, margin], dim=1).float())
+
+
+def attack(folder: str, log: str, pause: float = 0.0) -> AttackResult:
+    """The run: CGBA on four images behind a gate, 100 queries each."""
+    torch.set_num_threads(1)
+    box = Service(Path(log), pause)
+    return run_attack(
+        box, images(4), [0] * 4, "cgba", budget=100, defense="blacklight", accounts=None, max_rows=8, out=folder
+    )

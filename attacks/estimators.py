@@ -223,7 +223,7 @@ class Prober:
         return Query(drawn, "probe", redraw, (self.knob, *self.knobs), groups)
 
     def _scale(self) -> float:
-        return self.sigma if self.knob.value is None else self.knob.value
+        return self.knob.scale(self.sigma)
 
 
 def unit(directions: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def _probes(point: Tensor, noise: Noise, sigma: float, sample: Sampler, knob: Kn
         return torch.add(point, u, alpha=scale).clamp_(0, 1)
 
     def scale() -> float:
-        return sigma if knob is None or knob.value is None else knob.value / root
+        return sigma if knob is None else knob.scale(sigma * root) / root
 
     if knob is not None:
         knob.draw = lambda radius, n: rows(sample(n), radius / root)

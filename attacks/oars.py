@@ -16,6 +16,8 @@ parity="wide" (default) differs from the paper's code in this:
   counts, trials lean to the safe side, and few rows are asked at a time.
 - Rows that cannot be drawn again (line searches, most steps) are guarded (`spacing.py`): moved by a little noise where they
   would come too near to earlier ones, or not asked at all. So attacks without knobs pass, too.
+- With `scatter` probes differ in scale and come in random order. Probes that are drawn independently at one scale make steps
+  whose cosines crowd at -1/2; at scales that differ the cosines spread as those of unrelated images do, at no cost.
 - With `scout` the search for a value has rows and an account of its own: on decoys, images of the pool, so that the
   neighbourhood of the attacked image stays empty of them.
 
@@ -56,6 +58,8 @@ class OARS(Wrapper):
         guard: what becomes of rows that cannot be drawn again and come too near to earlier ones: jitter (moved by noise), skip
             (not asked; the attack is told that they were refused), or off.
         scout: search for scales on an account and on images of its own, apart from the attack.
+        scatter: draw each probe at a scale of its own, this being the standard deviation of the scales' logarithm, and send
+            them in random order: against gates that watch how queries move (`gwad`, which 0.35 blinds).
     """
 
     parity: Literal["wide", "reference"] = "wide"
@@ -66,6 +70,7 @@ class OARS(Wrapper):
     give_up: int = 300
     guard: Guard = "jitter"
     scout: bool = False
+    scatter: float = 0.0
 
     def __post_init__(self) -> None:
         if self.parity not in ("wide", "reference"):
@@ -74,6 +79,8 @@ class OARS(Wrapper):
             raise InputError(f"guard must be jitter, skip or off, got {self.guard}")
         if not 0 <= self.tolerated < 1:
             raise InputError(f"tolerated must be at least 0 and less than 1, got {self.tolerated}")
+        if not 0 <= self.scatter <= 2:
+            raise InputError(f"scatter must be between 0 and 2, got {self.scatter}")
         for name, least in (("trial", 1), ("chunk", 1), ("rounds", 0), ("give_up", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Generator
 from contextlib import closing
@@ -46,6 +47,7 @@ class Passage:
         self._careful = False  # bans were seen
         self._closed = self._scout_open = False  # the account in use was banned; there is one beside it
         self._generator = torch.Generator(task.image.device).manual_seed(task.generator.initial_seed() ^ 2)
+        self._order = torch.Generator().manual_seed(task.generator.initial_seed() ^ 3)
         self._last: Answer | None = None
 
     def run(self, inner: Search) -> Search:
@@ -72,7 +74,9 @@ class Passage:
             active = next((dial for dial in dials if not dial.useless), None)
             units = self._portion(waiting, active)
             positions = [position for unit in units for position in unit]
-            if query.redraw is not None:
+            if query.redraw is not None and self._settings.scatter and query.kind == "probe":
+                positions = self._scatter(query, rows, units)
+            elif query.redraw is not None:
                 stale = [position for position in positions if drawn[position] != self._epoch]
                 if stale:
                     rows[stale], drawn[stale] = query.redraw(stale), self._epoch
@@ -98,6 +102,20 @@ class Passage:
                 dial.grow()
             self._epoch += 1
         return self._last
+
+    def _scatter(self, query: Query, rows: Tensor, units: list[Unit]) -> list[int]:
+        """Draw each unit again at a scale of its own, and put them in random order."""
+        assert query.redraw is not None
+        for unit in units:
+            stretch = math.exp(self._settings.scatter * float(torch.randn((), generator=self._order)))
+            for knob in query.knobs:
+                knob.stretch = stretch
+            rows[list(unit)] = query.redraw(list(unit))
+        for knob in query.knobs:
+            knob.stretch = 1.0
+        positions = [position for unit in units for position in unit]
+        order = torch.randperm(len(positions), generator=self._order).tolist()
+        return [positions[k] for k in order]
 
     def _limit(self, query: Query) -> int:
         """How often a row is asked again when it is refused."""

@@ -150,6 +150,8 @@ class Knob:
             its clipping), where it stands now, out of the task's generator.
         integer: whether only whole numbers make sense.
         value: the scale in force; None leaves it to the attack's own schedule. Set by the wrapper, read by the attack.
+        stretch: by which the scale of rows that are drawn next is multiplied, the attack's own too; 1 but for a moment. Read
+            by probes that are drawn independently (`scale`); others ignore it.
     """
 
     name: str
@@ -158,6 +160,11 @@ class Knob:
     draw: Callable[[float, int], Tensor]
     integer: bool = False
     value: float | None = None
+    stretch: float = 1.0
+
+    def scale(self, own: float) -> float:
+        """The scale to draw at, in place of the attack's own."""
+        return (own if self.value is None else self.value) * self.stretch
 
 
 @dataclass(frozen=True, slots=True)

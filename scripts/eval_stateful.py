@@ -72,6 +72,7 @@ MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "oars-reference": ("oars:{}", {"parity": "reference"}),
     "oars-unguarded": ("oars:{}", {"guard": "off"}),
     "oars-scout": ("oars:{}", {"scout": True}),
+    "oars-scatter": ("oars:{}", {"scatter": 0.35}),
     "blinded": ("blinded:{}", {}),
     "oars-blinded": ("oars:blinded:{}", {}),
 }
@@ -83,6 +84,7 @@ MEANING = {
     "oars-reference": "bounds and search of the OARS authors",
     "oars-unguarded": "oars, without keeping apart what cannot be drawn again",
     "oars-scout": "oars, searching for scales on another account and on other images",
+    "oars-scatter": "oars, each probe at a scale of its own, in random order",
     "blinded": "every row rolled by up to 2 pixels and mirrored at random",
     "oars-blinded": "oars around blinded",
 }

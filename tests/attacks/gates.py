@@ -129,12 +129,12 @@ class Prober(Attack):
         self.made.append(knob)
         yield Query(centre, "init")
         while True:
-            rows = draw(knob.value or self.radius, self.size)
+            rows = draw(knob.scale(self.radius), self.size)
             if self.pairs:
                 rows[1::2] = 2 * centre - rows[::2]
 
             def redraw(positions: list[int], rows: Tensor = rows) -> Tensor:
-                fresh = draw(knob.value or self.radius, len(positions))
+                fresh = draw(knob.scale(self.radius), len(positions))
                 if self.pairs:
                     assert [p ^ 1 for p in positions[::2]] == positions[1::2]  # both or none
                     fresh[1::2] = 2 * centre - fresh[::2]

@@ -15,6 +15,7 @@ from robustbox.attacks.calibration import REFERENCE, Bisection, Bounds
 from robustbox.attacks.oars import OARS, load
 from robustbox.attacks.spacing import History
 from robustbox.attacks.wrapper import wrapped
+from robustbox.defenses.gwad import from_benign
 from robustbox.errors import InputError
 from robustbox.inputs import resolve_attack
 from robustbox.protocol import ANSWERED, REJECTED, Answer, Attack
@@ -237,6 +238,27 @@ def test_the_guard_saves_the_refusals_of_a_line_search(monkeypatch: pytest.Monke
     assert rows == 11 + refused
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_scatter_makes_probes_move_as_unrelated_images_do(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cosines of the steps from row to row, as gwad takes them; and each row's scale is its own."""
+    distance = {}
+    for scatter in (0.0, 0.35):
+        of, told = task(GREY, budget=1500), list[tuple[Tensor, Answer]]()
+        attack = around(Prober, monkeypatch, size=100, pairs=pairs, scatter=scatter, told=told)
+        _, asked = drive(attack.search(of), of, lambda rows: torch.zeros(len(rows)).long())
+        rows = torch.cat([query.rows for query in asked if query.kind == "probe"]).flatten(1).double()
+        assert len(rows) > 1200
+        steps = rows.diff(dim=0)
+        distance[scatter] = from_benign(torch.cosine_similarity(steps[1:], steps[:-1]).numpy())
+        scales = (rows - GREY.flatten()).norm(dim=1).div(0.02).log()
+        assert float(scales.std()) == pytest.approx(scatter, abs=0.03)
+        assert float(scales.mean()) == pytest.approx(0, abs=0.04)
+        for kept, _ in told:  # what the attack takes for asked was asked
+            assert all(any(row.equal(sent) for sent in rows.float()) for row in kept.flatten(1)[:3])
+    assert distance[0.35] < 0.12
+    assert distance[0.0] > 0.3
+
+
 def test_history_tells_distances() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(200, 3, 16, 16, generator=generator)
@@ -340,6 +362,7 @@ def test_options_of_both_are_set_and_checked() -> None:
         ("oars:cgba", {"n0": 0}, "n0 must be at least 1, got 0"),
         ("oars:cgba", {"chunk": 0}, "chunk must be at least 1, got 0"),
         ("oars:cgba", {"guard": "no"}, "guard must be jitter, skip or off, got no"),
+        ("oars:cgba", {"scatter": 3}, "scatter must be between 0 and 2, got 3"),
         ("oars:cgba", {"parity": "paper"}, "parity must be wide or reference, got paper"),
         ("oars:cbga", {}, "unknown attack 'cbga': did you mean cgba"),
         ("oars:", {}, "oars: goes before the name of an attack, as in oars:cgba; '' is none"),

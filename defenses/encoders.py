@@ -109,7 +109,7 @@ class KnnMemory(IndexedMemory):
         self._index: DenseIndex = DenseIndex(dimensions, device)
 
     def judge(self, print: Tensor) -> Verdict:
-        distance, row = self._index.mean_distance(print, self._k, enough=self._threshold)
+        distance, row = self._index.mean_distance(print, self._k, within=self._threshold)
         return Verdict(distance <= self._threshold, row)
 
 

@@ -1,7 +1,7 @@
 """Measure the stateful gates: time, growth, memory, and how often they refuse honest users.
 
-    python scripts/bench_gates.py                    all parts but `million`, on the shared data
-    python scripts/bench_gates.py --only speed gate growth lookup false pairs
+    python scripts/bench_gates.py                    all parts, on the shared data
+    python scripts/bench_gates.py --only speed gate growth lookup neighbours false pairs
 
 Times are processor time of one thread in milliseconds a query, since other work on the machine disturbs the clock; both
 sides of a ratio run in turns in one process, and medians over repeats are shown. The in-process reference is Blacklight as
@@ -29,12 +29,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works uninstalled
 
-from train_cifar10 import data_folder
+from train_cifar10 import data_folder, training_set
 
 from robustbox import registry
 from robustbox.defenses.blacklight import Blacklight
 from robustbox.defenses.gate import StatefulDefense, StatefulGate
 from robustbox.defenses.index import SketchIndex, Tokens
+from robustbox.defenses.neighbours import DenseIndex
+from robustbox.defenses.osd import OSD
 from robustbox.protocol import Answer, BlackBox
 
 COMMON = np.array([0, 20_000])
@@ -206,6 +208,44 @@ def lookup(sizes: list[int]) -> None:
         )
 
 
+def neighbours(sizes: list[int]) -> None:
+    """k-NN look-ups of `osd` among its embeddings of real images and their mirror images, beside every row's distance.
+
+    The table holds CIFAR-10 training images; strangers are test images, near copies are noisy stored ones (hits).
+    """
+    gate, queries = OSD(), 200
+    stored, _ = training_set(data_folder() / "cifar10_train_jpeg.tar.gz")
+    stored = torch.cat((stored, stored.flip(3)))[
+        torch.randperm(2 * len(stored), generator=torch.Generator().manual_seed(0))
+    ]
+    strangers = embedded(cifar()[:queries])
+    index, rows = DenseIndex(256, torch.device("cpu")), torch.empty(0, 256)
+    for size in sizes:
+        size = min(size, len(stored))
+        rows = torch.cat((rows, embedded(stored[len(rows) : size].float() / 255)))
+        start = time.process_time()
+        for row in rows[len(index) :]:
+            index.add(row)
+        built = 1e3 * (time.process_time() - start)
+        copies = stored[:queries].float() / 255
+        near = embedded(
+            (copies + 0.01 * torch.randn(copies.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+        )
+        for what, asked in (("stranger", strangers), ("near copy", near)):
+            fast = cpu(lambda a=asked: [index.mean_distance(row, gate.k, gate.threshold) for row in a], queries)
+            slow = cpu(lambda a=asked: [index.mean_distance(row, gate.k) for row in a[:20]], 20)
+            print(
+                f"k-NN among {len(index):,} embeddings: {fast:.3f} ms for a {what}, {slow:.2f} ms by all distances; "
+                f"{index.nbytes / len(index):.0f} bytes a row, the last {built:.0f} ms of processor time for adding",
+                flush=True,
+            )
+
+
+def embedded(rows: Tensor) -> Tensor:
+    """The embeddings of `osd` [n,256]."""
+    return torch.cat([torch.stack(list(OSD().prints(part, [part.device] * len(part)))) for part in rows.split(256)])
+
+
 def false_positives() -> None:
     """Natural images in random order, all in one table."""
     sets = {"CIFAR-10": cifar(), "MNIST": mnist(), "ImageNet, 224 px": imagenet()}
@@ -252,7 +292,7 @@ def pairs() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["speed", "gate", "growth", "lookup", "false", "pairs"]
+    every = ["speed", "gate", "growth", "lookup", "neighbours", "false", "pairs"]
     parser.add_argument("--only", nargs="*", default=every, choices=every, help="parts to measure (all)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of all sides in turns (5)")
     parser.add_argument(
@@ -265,6 +305,7 @@ def main() -> None:
         "gate": lambda: whole(options.repeats),
         "growth": growth,
         "lookup": lambda: lookup(options.rows),
+        "neighbours": lambda: neighbours([20_000, 100_000]),
         "false": false_positives,
         "pairs": pairs,
     }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from robustbox.defenses import index
@@ -107,12 +107,57 @@ def test_neighbours_are_found_as_by_brute_force(rows: int, gone: int, k: int, se
     assert row == min(gone, rows) + int(truth.indices[0])
 
 
-def test_enough_is_a_hit_only_where_the_nearest_of_all_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DenseIndex, "NEWEST", 10)
-    found = DenseIndex(1, torch.device("cpu"))
-    for value in [*[0.0] * 5, *[9.0] * 40]:
-        found.add(torch.tensor([value]))
-    for k, at, threshold in ((5, 0.0, 0.5), (5, 9.0, 0.5), (6, 0.0, 1.4), (6, 0.0, 1.6), (5, 4.0, 4.1), (5, 4.0, 3.9)):
-        exact = found.mean_distance(torch.tensor([at]), k)[0]
-        hasty = found.mean_distance(torch.tensor([at]), k, enough=threshold)[0]
-        assert (hasty <= threshold) == (exact <= threshold)
+@given(
+    st.integers(1, 300),
+    st.integers(0, 200),
+    st.integers(1, 20),
+    st.floats(0, 4),
+    st.integers(1, 20),
+    st.integers(0, 2**32 - 1),
+)
+def test_within_is_decided_as_by_brute_force(
+    rows: int, gone: int, k: int, within: float, dimensions: int, seed: int
+) -> None:
+    """Among near and far rows, forgotten ones too, with tiers of 8, 16, 32, ... rows."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(rows + 1, dimensions, generator=generator)
+    points[::3] = points[rows] + 0.3 * points[::3]
+    points += 100 * (seed % 2)  # far from the origin
+    found = Small(dimensions, torch.device("cpu"))
+    for point in points[:rows]:
+        found.add(point)
+    found.forget(min(gone, rows))
+    kept = points[min(gone, rows) : rows]
+    distance, row = found.mean_distance(points[rows], k, within=within)
+    if len(kept) < k:
+        assert (distance, row) == (float("inf"), -1)
+        return
+    truth = float((kept.double() - points[rows].double()).norm(dim=1).sort().values[:k].mean())
+    assume(abs(truth - within) > 1e-4)
+    assert (distance <= within) == (truth <= within)
+    if distance <= within:
+        assert distance >= truth - 1e-4
+        assert min(gone, rows) <= row < rows
+
+
+class Small(DenseIndex):
+    """With tiers of few rows."""
+
+    NEWEST = 8
+
+
+def test_most_rows_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances taken for a stranger among 20,000 embeddings that lie near a subspace of ten dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(10, 64, generator=generator)
+    points = torch.randn(20_100, 10, generator=generator) @ basis
+    found, taken = DenseIndex(64, torch.device("cpu")), []
+    for point in points[:20_000]:
+        found.add(point)
+    original = DenseIndex._distances
+    monkeypatch.setattr(
+        DenseIndex, "_distances", lambda self, numbers, v: taken.append(len(numbers)) or original(self, numbers, v)
+    )
+    for point in points[20_000:]:
+        assert found.mean_distance(point, 50, within=1.0) == (float("inf"), -1)
+    assert sum(taken) / 100 < 2 * found.NEWEST + 200  # the newest twice, and a few of the others

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import robustbox as rb
@@ -31,6 +33,7 @@ def standings(
         ("square", 2, {"norm": "linf", "epsilon": 0.05}),
         ("hop-skip-jump", 40, {}),
         ("qeba", 40, {}),
+        ("surfree", 40, {}),
     ],
 )
 def test_standard_attacks_are_seen_soon(attack: str, soon: int, options: dict[str, object]) -> None:
@@ -38,6 +41,29 @@ def test_standard_attacks_are_seen_soon(attack: str, soon: int, options: dict[st
     seen = standings(attack, Blacklight(), **options)
     assert len(seen) >= 4  # every image that is classified correctly
     assert max(standing.first_hit for standing in seen) <= soon
+
+
+@pytest.mark.parametrize(
+    ("attack", "free", "needed", "setting"),
+    [
+        ("square", 1, 5, {"norm": "linf", "epsilon": 0.06}),
+        ("hop-skip-jump", 1, 4, {"norm": "l2", "epsilon": 2.6}),
+    ],
+)
+def test_oars_passes_where_the_attack_itself_does_not(
+    attack: str, free: int, needed: int, setting: dict[str, Any]
+) -> None:
+    """P6 and P7 in small: what ends at its first refusal keeps its free successes; OARS breaks most, at few refusals."""
+    data, model = rb.load_data("foolbox:cifar10"), rb.load_model("cifar10-resnet20")
+    found = {
+        scheme: rb.run_attack(
+            model, data.images[:7], data.labels[:7], f"{scheme}:{attack}", budget=300, defense=Blacklight(), **setting
+        )
+        for scheme in ("abort", "oars")
+    }
+    assert int(found["abort"].success_any.sum()) <= free
+    assert int(found["oars"].success_any.sum()) >= needed
+    assert found["oars"].rejected.sum() <= 0.15 * found["oars"].queries.sum()
 
 
 def test_a_run_through_a_real_gate_does_not_depend_on_fusion() -> None:

@@ -71,6 +71,7 @@ MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "oars": ("oars:{}", {}),
     "oars-reference": ("oars:{}", {"parity": "reference"}),
     "oars-unguarded": ("oars:{}", {"guard": "off"}),
+    "oars-skip": ("oars:{}", {"guard": "skip"}),
     "oars-scout": ("oars:{}", {"scout": True}),
     "oars-scatter": ("oars:{}", {"scatter": 0.35}),
     "blinded": ("blinded:{}", {}),
@@ -83,6 +84,7 @@ MEANING = {
     "oars": "scales adapted in flight, refused rows drawn again, others kept apart",
     "oars-reference": "bounds and search of the OARS authors",
     "oars-unguarded": "oars, without keeping apart what cannot be drawn again",
+    "oars-skip": "oars, points that come too near to earlier ones not asked instead of moved",
     "oars-scout": "oars, searching for scales on another account and on other images",
     "oars-scatter": "oars, each probe at a scale of its own, in random order",
     "blinded": "every row rolled by up to 2 pixels and mirrored at random",
@@ -284,7 +286,7 @@ def render(cells: dict[str, Any]) -> str:
         text += [title + ("" if bans == "-" else f"; banned at the first hit, accounts: {bans}"), ""]
         header = ["gate", "attack", "way", f"success at {' / '.join(f'{mark:,}' for mark in marks)}", *COLUMNS]
         rows = [[*names, *line(records, marks)] for names, records in sorted(group.items(), key=_order)]
-        text += markdown(header, rows)
+        text += [*markdown(header, rows), *not_run(group)]
     if hits := [(key.split("/")[1], record) for key, record in cells.items() if key.startswith("benign/")]:
         text += ["## Benign queries that are refused", ""]
         rows = [
@@ -293,6 +295,21 @@ def render(cells: dict[str, Any]) -> str:
         ]
         text += markdown(["gate", "hits", "95 % (Clopper-Pearson)", "ms a query", "bytes a query"], rows)
     return "\n".join(text)
+
+
+def not_run(group: dict[tuple[str, str, str], Any]) -> list[str]:
+    """For each way by which some cell was run, the gates and attacks for which none was."""
+    text = []
+    for mode in MODES:
+        if any(way == mode for _, _, way in group):
+            missing = {
+                gate: [attack for attack in ATTACKS if (gate, attack, mode) not in group]
+                for gate in GATES
+                if gate != "none" or mode == "persist"
+            }
+            named = [f"{gate} ({', '.join(attacks)})" for gate, attacks in missing.items() if attacks]
+            text += [f"Not run with `{mode}`: {'; '.join(named)}.", ""] if named else []
+    return text
 
 
 def clopper_pearson(found: dict[str, Any]) -> str:
@@ -332,7 +349,8 @@ ResNet-20, the first CIFAR-10 images that it classifies correctly; targeted (the
 images) within l2 2.77 or, NES, linf 0.05; Square untargeted within linf 0.05, SurFree untargeted within l2 2.77. Every query
 counts, refused ones and calibration too. Success: a row inside the ball that the gate let pass and the model answered with
 the goal. *fresh*: the same row, sent by another account at the end. *free*: successes within the first 3 queries. Medians count
-failures as infinite. Detected: at least one row was refused, or, by a silent gate, noted.
+failures as infinite. Detected: at least one row was refused, or, by a silent gate, noted. Milliseconds are wall clock, on a
+machine that was busy with other work.
 """
 
 

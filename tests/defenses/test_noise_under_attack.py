@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from robustbox.defenses.input_noise import InputNoise
 from robustbox.defenses.logit_noise import LogitNoise
 from robustbox.defenses.median import Median
 from robustbox.defenses.random_features import RandomFeatures
+from robustbox.errors import ModelError
 from robustbox.protocol import Defense
 from robustbox.results import AttackResult
 
@@ -113,6 +116,34 @@ def test_an_image_alone_among_others_and_in_passes_of_any_size_has_one_result(mo
         )
         found.append(result.traces[2 % len(labels[few])])
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("defense", [TWO_PERCENT, [LogitNoise(0.5), Median(2), TWO_PERCENT]])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    model: nn.Module, defense: Defense | list[Defense], tmp_path: Path
+) -> None:
+    class Failing(nn.Module):
+        def __init__(self, passes: int) -> None:
+            super().__init__()
+            self.model, self.passes = model, passes
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes -= 1
+            if not self.passes:
+                raise RuntimeError("the power went")
+            answer: Tensor = self.model(x)
+            return answer
+
+    setting: dict[str, Any] = {"n": 5, "budget": 60}
+    whole = fight(Failing(-1), defense, **setting)
+    with pytest.raises(ModelError, match="the power went"):
+        fight(Failing(15), defense, out=tmp_path / "run", **setting)
+    resumed = Failing(-1)
+    result = fight(resumed, defense, out=tmp_path / "run", **setting)
+    assert result.traces == whole.traces
+    assert result.fresh_fooled.tolist() == whole.fresh_fooled.tolist()
+    assert result.success_clean.tolist() == whole.success_clean.tolist()
+    assert result.ledger == whole.ledger
 
 
 def test_seeds(model: nn.Module) -> None:

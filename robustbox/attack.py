@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
-from typing import TextIO, get_args
+from typing import Any, TextIO, get_args
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -64,7 +64,7 @@ def run(command: Command) -> None:
     images, labels = everything[:n], classes[:n]
     arguments = setting.arguments(config, box, everything, classes, n)
     if command.dry_run:
-        return show_worst_case(worst_case(box, images, labels, **arguments), Console())
+        return show_worst_case(worst_case(box, images, labels, **arguments), Console(), _traffic(box.describe()))
     out = config.out or _new_folder(config)
     settled = replace(config, data=name, images=n)
     with (
@@ -161,6 +161,13 @@ def _summed_up(result: AttackResult, norm: str) -> Table:
     table.add_row(f"median {norm} after queries", medians)
     table.add_row("median queries to success", f"{summary['median_queries_to_success']:.6g}")
     table.add_row("rows by ledger", ", ".join(f"{phase} {rows}" for phase, rows in summary["ledger"].items()))
+    if traffic := _traffic(meta["model"]):
+        requests = f"{traffic['requests']}, {traffic['repeats']} of them repeats"
+        doubt = traffic["rows_doubtful"]
+        table.add_row("requests", requests + (f"; {doubt} rows may have been charged as well" if doubt else ""))
+        if "price_per_1000" in traffic:
+            least, most = (f"{traffic[key]:.6g}" for key in ("cost_at_least", "cost_at_most"))
+            table.add_row("cost", f"{least if least == most else f'{least} to {most}'} {traffic['currency']}")
     if meta["journal"]["sessions"] > 1:
         times, twice = meta["journal"]["sessions"] - 1, meta["journal"]["in_flight"]
         table.add_row("went on", f"{times} times; {twice} rows were in flight when it was stopped, and asked again")
@@ -174,13 +181,22 @@ def _table(title: str, *columns: str) -> Table:
     return Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left")
 
 
-def show_worst_case(rows: dict[str, int], console: Console) -> None:
-    """What a run would ask at most."""
+def show_worst_case(rows: dict[str, int], console: Console, traffic: Mapping[str, Any]) -> None:
+    """What a run would ask at most, and what a paid service would charge for it if each row were charged once."""
     table = _table("worst case", "ledger", "rows")
     for phase, count in [*rows.items(), ("in all", sum(rows.values()))]:
         table.add_row(phase, str(count))
+    if "price_per_1000" in traffic:
+        cost = sum(rows.values()) * traffic["price_per_1000"] / 1000
+        table.add_row("cost", f"{cost:.6g} {traffic['currency']}")
     console.print(table)
     console.print("no query was asked")
+
+
+def _traffic(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a model behind a network says of its traffic and cost; nothing where it is here."""
+    traffic: Mapping[str, Any] = model.get("traffic") or {}
+    return traffic
 
 
 def show_names(console: Console) -> None:

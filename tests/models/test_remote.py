@@ -218,6 +218,16 @@ def test_no_request_is_sent_that_could_cost_too_much() -> None:
     assert (told["price_per_1000"], told["currency"], told["max_cost"]) == (50.0, "USD", 1.0)
 
 
+def test_a_dry_run_says_what_it_could_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inner = HalfSpace(classes=10)
+    with served(inner) as (address, _):
+        name = written(tmp_path, url=address, price_per_1000=2, currency="EUR")
+        words = ["--data", "digits", "--images", "3", "--attack", "random", "--budget", "48", "--dry-run"]
+        assert cli.main(["--model", name, *words]) == 0
+    assert "0.3 EUR" in capsys.readouterr().out  # 3 x 48 rows of the attack, 6 of the evaluator
+    assert inner.rows == 0
+
+
 def test_a_ledger_holds_over_many_runs(tmp_path: Path) -> None:
     inner, ledger = Small(), str(tmp_path / "books" / "ledger.sqlite")
     one = torch.zeros(1, dtype=torch.int64)

@@ -87,6 +87,8 @@ def run(arguments: argparse.Namespace) -> AuditResult | None:
         try:
             for outcome in audit.run(_executor(arguments), watch=bar):
                 bar.end(outcome)
+            for name, error in audit.certify():
+                bar.certified(name, error)
         except KeyboardInterrupt:
             audit.conclude()  # of what is there by now
             raise
@@ -147,6 +149,12 @@ class Matrix(AbstractContextManager["Matrix"]):
         self._bar.update(sum(self._audit.plan.worst[outcome.id].values()) - self._begun.get(outcome.id, 0))
         if outcome.error is not None:
             self._bar.write(f"{outcome.id} failed: {outcome.error}", file=self._stream)
+
+    def certified(self, name: str, error: str | None) -> None:
+        """Count a certified model."""
+        self._bar.update(sum(each.rows for each in self._audit.certifications if each.system.id == name))
+        if error is not None:
+            self._bar.write(f"{name} was not certified: {error}", file=self._stream)
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

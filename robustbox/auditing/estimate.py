@@ -33,8 +33,13 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(spec: AuditSpec, plan: Plan, seen: dict[str, dict[str, Any]], everything: bool = False) -> Estimate:
-    """The estimate of a plan, from stated speeds or from those that the pre-flight saw; with what is done, where asked."""
+def estimate(
+    spec: AuditSpec, plan: Plan, seen: dict[str, dict[str, Any]], certified: dict[str, int], everything: bool = False
+) -> Estimate:
+    """The estimate of a plan, from stated speeds or from those that the pre-flight saw; with what is done, where asked.
+
+    `certified`: rows that certificates of defended models, by id, will cost.
+    """
     rows: dict[str, int] = {}
     seconds: float | None = 0.0
     price: float | None = 0.0
@@ -45,7 +50,9 @@ def estimate(spec: AuditSpec, plan: Plan, seen: dict[str, dict[str, Any]], every
         for cell in due:
             for phase, n in plan.worst[cell.id].items():
                 rows[phase] = rows.get(phase, 0) + n
-        total, rate = plan.rows(due), _rate(system, seen.get(system.id))
+        if extra := certified.get(system.id, 0):
+            rows["certify"] = rows.get("certify", 0) + extra
+        total, rate = plan.rows(due) + extra, _rate(system, seen.get(system.id))
         cost = spec.price_per_1000 if system.model.price_per_1000 is None else system.model.price_per_1000
         if total:
             seconds = None if seconds is None or rate is None else seconds + total / rate

@@ -89,7 +89,7 @@ def _check_patterns(spec: AuditSpec) -> None:
     kinds = {
         kind: [entry.name for entry in getattr(spec, kind)] for kind in ("models", "defenses", "attacks", "threats")
     }
-    entries: list[Any] = [*spec.defenses, *spec.attacks, *spec.threats, *spec.thresholds]
+    entries: list[Any] = [*spec.defenses, *spec.attacks, *spec.threats, *spec.certify, *spec.thresholds]
     for entry in entries:
         for kind in {f.name for f in fields(entry)} & set(kinds):
             for pattern in getattr(entry, kind):

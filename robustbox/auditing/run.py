@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from robustbox.errors import InputError
 from robustbox.folder import environment, finite, replace_file
 
 from .cells import Cell, Executor, Outcome, Watch, in_turn, read_cell, read_failure, run_cell
+from .certificates import certifications
 from .estimate import Estimate, estimate
 from .junit import write_junit
 from .loading import load
@@ -74,6 +75,8 @@ def run_audit(
         running.preflight()
         for _ in running.run(executor, watch):
             pass
+        for _ in running.certify():
+            pass
         return running.conclude()
 
 
@@ -93,6 +96,7 @@ class Audit:
         self.spec, self.world = spec, world
         self.folder = Path(out) if out is not None else Path("runs") / spec.name
         self.plan: Plan = make_plan(spec, world, self.folder)
+        self.certifications = list(certifications(spec, self.plan.systems, world, self.folder))
         self.seen: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Audit:
@@ -125,7 +129,8 @@ class Audit:
 
     def estimate(self, everything: bool = False) -> Estimate:
         """What the cells that are not done (or all) cost at most, as far as it is known by now."""
-        return estimate(self.spec, self.plan, self.seen, everything)
+        due = [each for each in self.certifications if everything or each.document() is None]
+        return estimate(self.spec, self.plan, self.seen, {each.system.id: each.rows for each in due}, everything)
 
     def preflight(self, note: Callable[[System], None] | None = None) -> None:
         """Look at every defended model that was not looked at before, and take out the cells that cannot be run on it."""
@@ -149,7 +154,7 @@ class Audit:
                 if seen["scores"] == "none" and sees(cell) != "label":
                     self.plan.exclude(cell, "the black box answers labels only, and this attack needs scores")
 
-    def run(self, executor: Executor = in_turn, watch: Watch | None = None) -> Any:
+    def run(self, executor: Executor = in_turn, watch: Watch | None = None) -> Iterator[Outcome]:
         """Run the cells that are not done; yields the outcome of each."""
         broken = {system.id for system in self.plan.systems if self.seen[system.id]["error"] is not None}
         cells = [cell for s in self.plan.systems if s.id not in broken for cell in self.plan.of(s)]
@@ -158,6 +163,12 @@ class Audit:
             return run_cell(cell, self.world, watch)
 
         yield from executor([cell for cell in cells if read_cell(cell.folder) is None], work, self.world)
+
+    def certify(self) -> Iterator[tuple[str, str | None]]:
+        """Certify what is to be certified and is not yet; yields the id of each defended model, and an error or None."""
+        for each in self.certifications:
+            if each.document() is None:
+                yield each.system.id, each.run()
 
     def conclude(self) -> AuditResult:
         """Write audit.json, junit.xml and report.html of what stands in the folder by now."""
@@ -172,13 +183,15 @@ class Audit:
         cells = self.plan.cells
         documents = {cell.id: read_cell(cell.folder) for cell in cells}
         summaries = {cell.id: cell_summary(cell, documents[cell.id], self._failure(cell)) for cell in cells}
+        certified = {each.system.id: its for each in self.certifications if (its := each.document()) is not None}
         systems = [
-            system_summary(system, self.seen[system.id], self.plan.of(system), documents)
+            system_summary(system, self.seen[system.id], self.plan.of(system), documents, certified.get(system.id))
             for system in self.plan.systems
         ]
         found = verdicts(self.spec.thresholds, cells, documents, summaries, systems)
         device = torch.device("cuda" if torch.cuda.is_available() and self.spec.device == "auto" else "cpu")
         ledgers = [seen["rows"] for seen in self.seen.values()] + [cell["rows"] or {} for cell in summaries.values()]
+        ledgers += [its["summary"]["ledger"] for its in certified.values()]
         document = {
             "schema": SCHEMA,
             "name": self.spec.name,

@@ -134,6 +134,24 @@ class PreflightEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CertifyEntry:
+    """Which defended models are smoothed with noise of `sigma` and certified; the rest as in `python -m robustbox.certify`."""
+
+    sigma: float
+    n0: int = 100
+    n: int = 10_000
+    alpha: float = 0.001
+    radii: list[float] | None = None
+    models: list[str] = field(default_factory=lambda: list(ANY))
+    defenses: list[str] = field(default_factory=lambda: list(ANY))
+
+    @property
+    def name(self) -> str:
+        """For errors."""
+        return f"certify at {self.sigma:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuditSpec:
     """A whole audit. `docs/audit.md` explains every field."""
 
@@ -150,6 +168,7 @@ class AuditSpec:
     threats: list[ThreatEntry] = field(default_factory=lambda: [ThreatEntry()])
     budgets: list[int] = field(default_factory=lambda: [1000])
     preflight: PreflightEntry = field(default_factory=PreflightEntry)
+    certify: list[CertifyEntry] = field(default_factory=list)
     thresholds: list[Threshold] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:

@@ -41,7 +41,11 @@ def benign_of(system: System, refused: Document) -> Document:
 
 
 def system_summary(
-    system: System, seen: Document, cells: Sequence[Cell], documents: Mapping[str, Document | None]
+    system: System,
+    seen: Document,
+    cells: Sequence[Cell],
+    documents: Mapping[str, Document | None],
+    certified: Document | None,
 ) -> Document:
     """`systems[]` of audit.json."""
     done = next((document for cell in cells if (document := documents[cell.id]) is not None), None)
@@ -51,7 +55,7 @@ def system_summary(
         "defense": system.defense.name,
         "clean_accuracy": seen["clean"] if done is None else done["summary"]["clean_accuracy"],
         "benign": seen["benign"],
-        "certified": None,
+        "certified": None if certified is None else certified["summary"]["certified_accuracy"],
         "preflight": {key: value for key, value in seen.items() if key not in ("flags", "benign")},
         "flags": [*seen["flags"], *(each.plain() for each in _flags(seen, cells))],
     }

@@ -84,7 +84,8 @@ def test_the_written_file_is_what_the_documentation_says(tmp_path: Path, root: P
     document = audit(
         tmp_path,
         models,
-        models=[{"model": name, "data": "planted"} for name in models],
+        models=[*({"model": name, "data": "planted"} for name in models), {"model": "digits-cnn", "images": 2}],
+        certify=[{"sigma": 0.1, "n0": 5, "n": 20, "models": "digits-cnn"}],
         defenses=["none", {"defense": "blacklight", "models": "spy"}],
         attacks=["random", "square", "cgba"],
         thresholds=[{"metric": "success", "max": 0.5}],
@@ -263,6 +264,31 @@ def test_exit_codes_say_whether_thresholds_hold(tmp_path: Path, capsys: pytest.C
     assert "MISSED: clean-accuracy is 1 (95 % interval 0.6097 to 1), must be at least 0.99" in capsys.readouterr().out
     assert main([str(tmp_path / "none.yaml"), "--out", out]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_certificates_are_counted_and_bounded(tmp_path: Path) -> None:
+    spec: dict[str, Any] = {"attacks": ["square"], "defenses": ["none", "input-noise"]}
+    spec["certify"] = [{"sigma": 0.1, "n0": 10, "n": 100, "radii": [0, 0.1], "defenses": "none"}]
+    at = {"metric": "certified-accuracy", "radius": 0.1}
+    spec["thresholds"] = [{**at, "min": 0.1, "defenses": "none"}, {**at, "min": 0.1, "name": "both"}]
+    assert main([written(tmp_path, **spec), "--out", str(tmp_path / "out")]) == 1
+    document = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert document["worst_case"]["rows"]["certify"] == 6 * 110
+    seen, cells = (
+        [sum(each["rows"].values()) for each in its]
+        for its in ([system["preflight"] for system in document["systems"]], document["cells"])
+    )
+    assert document["rows_asked"] == sum(seen) + sum(cells) + 6 * 110
+    smooth, noisy = (system["certified"] for system in document["systems"])
+    assert noisy is None
+    assert smooth["0.1"]["of"] == 6
+    assert [(v["threshold"], v["holds"]) for v in document["verdicts"]][1:] == [
+        ("both", smooth["0.1"]["share"] >= 0.1),
+        ("both", False),
+    ]
+    before = timeless(document)
+    assert main([written(tmp_path, **spec), "--out", str(tmp_path / "out")]) == 1
+    assert timeless(json.loads((tmp_path / "out" / "audit.json").read_text())) == before
 
 
 def test_after_an_interrupt_the_report_says_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,81 @@
+"""Certificates in an audit: smoothed models, certified image by image, in folders of `python -m robustbox.certify`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustbox.certify import CERTIFIED, CertifyConfig
+from robustbox.certify import run as certify
+from robustbox.errors import InputError, ModelError
+
+from .plan import System, data_of, images_of
+from .spec import AuditSpec, matches
+from .world import World
+
+
+@dataclass(frozen=True)
+class Certification:
+    """One defended model to certify: where it is written, and how. It goes on where it was stopped."""
+
+    system: System
+    config: CertifyConfig
+
+    @property
+    def rows(self) -> int:
+        """Rows on the `certify` ledger."""
+        return (self.config.images or 0) * (self.config.n0 + self.config.n)
+
+    def document(self) -> dict[str, Any] | None:
+        """What `certified.json` holds; None where it is not done."""
+        path = Path(self.config.out or "") / CERTIFIED
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def run(self) -> str | None:
+        """Certify; what goes wrong is returned, as one that fails is not the end of the audit."""
+        try:
+            certify(self.config)
+        except (InputError, ModelError) as error:
+            return " ".join(str(error).split())
+        return None
+
+
+def certifications(spec: AuditSpec, systems: list[System], world: World, out: Path) -> Iterator[Certification]:
+    """What the audit's `certify` entries ask for.
+
+    Raises:
+        InputError: two entries for one defended model, a model that has no registered name, or options of a defense.
+    """
+    for system in systems:
+        names = (system.model.name, system.defense.name)
+        entries = [each for each in spec.certify if all(map(matches, names, (each.models, each.defenses)))]
+        if not entries:
+            continue
+        if len(entries) > 1:
+            raise InputError(f"{system.id} is to be certified twice: one entry of `certify` for each defended model")
+        if system.model.model in world.models or system.defense.options:
+            raise InputError(
+                f"{system.id} cannot be certified: it takes a registered model, and a defense without options"
+            )
+        entry = entries[0]
+        config: dict[str, Any] = {
+            "model": system.model.model,
+            "data": data_of(system.model),
+            "images": len(images_of(system.model, spec, world)[1]),
+            "defense": system.defense.defense,
+            "sigma": entry.sigma,
+            "n0": entry.n0,
+            "n": entry.n,
+            "alpha": entry.alpha,
+            "radii": entry.radii,
+            "levels": system.model.levels,
+            "seed": spec.seed,
+            "device": spec.device,
+        }
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+        folder = str(out / "certified" / f"{system.id}.{digest}")
+        yield Certification(system, CertifyConfig(**config, out=folder, quiet=True))

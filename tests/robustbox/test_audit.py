@@ -322,3 +322,11 @@ def test_an_audit_that_was_killed_goes_on_to_the_same_report(tmp_path: Path, roo
     assert {name: (broken / "cells" / name / "results.json").stat().st_mtime_ns for name in done} == before
     one, two = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("broken", "whole"))
     assert timeless(one) == timeless(two)
+
+
+@pytest.mark.parametrize(("name", "systems", "cells"), [("quick", 6, 24), ("leaderboard", 10, 53)])
+def test_the_audits_that_come_along_can_be_planned(
+    name: str, systems: int, cells: int, root: Path, tmp_path: Path
+) -> None:
+    plan = Audit(load(root / "configs" / f"{name}.yaml"), tmp_path, World()).plan
+    assert (len(plan.systems), len(plan.cells), plan.excluded) == (systems, cells, [])

@@ -203,9 +203,9 @@ def _smooths(certificate: Mapping[str, Any], defense: Sequence[Mapping[str, Any]
     """Whether a certificate is one of this chain: it holds for the smoothed classifier, never for the one that is smoothed."""
     if not defense or defense[0]["name"] != "smoothing":
         return False
-    return defense[0]["options"]["sigma"] == certificate["sigma"] and defense_key(defense[1:]) == defense_key(
-        certificate["defense"]
-    )
+    noise = defense[0]["options"]
+    same = (noise["sigma"], noise["clip"]) == (certificate["sigma"], certificate["clip"])
+    return same and defense_key(defense[1:]) == defense_key(certificate["defense"])
 
 
 def _certified(document: Mapping[str, Any], radii: Sequence[float], sources: Sources) -> dict[str, Any] | None:

@@ -119,14 +119,19 @@ def test_where_any_distance_counts_the_farther_median_is_better(tmp_path: Path) 
     assert [row["entry"]["name"] for _, row in order(rows, 500)] == ["far", "near"]
 
 
+SMOOTHED = [{"name": "smoothing", "options": {"sigma": 0.25, "clip": False}}, *BLACKLIGHT]
+OTHER = [{"name": "smoothing", "options": {"sigma": 0.5, "clip": False}}, *BLACKLIGHT]
+
+
 def complete(folder: Path) -> dict[str, Any]:
     """An entry in which nothing is null that need not be."""
     both = {"stochastic": True, "stateful": True, "refused": [1, 0]}
-    plant(folder / "run", [[(9, 0.1)], []], attack="oars:surfree", defense=BLACKLIGHT, **both)
+    plant(folder / "run", [[(9, 0.1)], []], attack="oars:surfree", defense=SMOOTHED, **both)
     certificate = {
         "schema": 1,
         "model": {"name": "planted", "weights_sha256": "ab" * 32},
         "defense": BLACKLIGHT,
+        "clip": False,
         "sigma": 0.25,
         "n": 1000,
         "alpha": 0.001,
@@ -143,7 +148,7 @@ def complete(folder: Path) -> dict[str, Any]:
     benign = {
         "schema": 1,
         "model": "planted",
-        "defense": BLACKLIGHT,
+        "defense": SMOOTHED,
         "refused": 1,
         "of": 200,
         "low": 0.0001,
@@ -168,6 +173,9 @@ PROVEN = [(0, 2), (0.5, 1), (1, 1)]
 def test_certificates_and_false_positives_find_their_defense(tmp_path: Path) -> None:
     entry = complete(tmp_path)
     assert [(its["radius"], its["accuracy"]["hits"]) for its in entry["certified"]["radii"]] == PROVEN
+    plant(tmp_path / "bare", [[], []], defense=BLACKLIGHT)  # the certificate is of the smoothed model, not of this one
+    plant(tmp_path / "other", [[], []], defense=OTHER)
+    assert sorted(made["certified"] is not None for made in entries(tmp_path).values()) == [False, False, True]
     assert (entry["false_positives"]["hits"], entry["false_positives"]["of"]) == (1, 200)
 
 

@@ -213,7 +213,9 @@ def show(result: AuditResult, console: Console) -> None:
             continue
         interval = f"{robust['low']:.1%} to {robust['high']:.1%}"
         mark = "" if row["complete"] else " at most"
-        table.add_row(*place, f"{clean['share']:.1%}", f"{robust['share']:.1%}{mark}", interval, row["best_attack"])
+        table.add_row(
+            *place, f"{clean['share']:.1%}", f"{robust['share']:.1%}{mark}", interval, row["best_attack"] or "-"
+        )
     console.print(table)
     for verdict in result.document["verdicts"]:
         word = "holds" if verdict["holds"] else f"MISSED: {complaint(verdict)}"

@@ -98,7 +98,7 @@ def row_summary(cells: Sequence[Cell], documents: Sequence[Document | None]) -> 
     return row | {
         "clean_accuracy": share_of(int(right.sum()), len(right)),
         "robust_accuracy": share_of(int(intact.all(axis=0).sum()), intact.shape[1]),
-        "best_attack": there[best][0].attack,
+        "best_attack": there[best][0].attack if (right & ~intact[best]).any() else None,
         "detection_misses": share_of(int(missed.any(axis=0).sum()), int(right.sum())) if stateful else None,
         "adaptive": _adaptive(there),
         "pairs": [_pair(one, two) for one, two in combinations(there, 2)],

@@ -147,7 +147,7 @@ def test_another_executor_gives_the_same_audit(tmp_path: Path) -> None:
 
 
 def test_an_image_is_broken_if_any_attack_breaks_it(tmp_path: Path) -> None:
-    document = audit(tmp_path, threats=[{"norm": "linf", "epsilon": 0.21}])
+    document = audit(tmp_path, threats=[{"norm": "linf", "epsilon": 0.5}])
     runs = [json.loads((tmp_path / "out" / cell["folder"] / "results.json").read_text()) for cell in document["cells"]]
     broken = [{image["index"] for image in run["images"] if image["success"]} for run in runs]
     (row,) = document["rows"]
@@ -155,6 +155,9 @@ def test_an_image_is_broken_if_any_attack_breaks_it(tmp_path: Path) -> None:
     assert row["pairs"][0]["first_better"] == len(broken[0] - broken[1])
     assert row["pairs"][0]["second_better"] == len(broken[1] - broken[0])
     assert row["pairs"][0]["test"] == "mcnemar"
+    assert row["best_attack"] == "square"
+    near = audit(tmp_path, name="near", threats=[{"norm": "linf", "epsilon": 0.01}])
+    assert [r["best_attack"] for r in near["rows"]] == [None]
     free = audit(tmp_path, name="free", threats=["linf"], attacks=["random"])
     assert free["rows"][0]["pairs"] == []
     assert free["cells"][0]["epsilon"] is None

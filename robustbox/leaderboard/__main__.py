@@ -79,8 +79,8 @@ def _cost(
     same = all(old.get(key) == entry[key] for key in ("model", "defense"))
     if same and old.get("cost"):
         return dict(old["cost"])
-    first = entry["threats"][0]["attacks"][0]["run"]["results_sha256"]
-    return cost(by_hash[first]) if measure else None
+    runs = (by_hash[a["run"]["results_sha256"]] for threat in entry["threats"] for a in threat["attacks"])
+    return next((found for run in runs if (found := cost(run))), None) if measure else None  # some run has rows to ask
 
 
 def _copy_reports(made: Mapping[str, Mapping[str, Any]], by_hash: Mapping[str, Run], out: Path) -> dict[str, str]:

@@ -228,6 +228,21 @@ def test_a_dry_run_says_what_it_could_cost(tmp_path: Path, capsys: pytest.Captur
     assert inner.rows == 0
 
 
+def test_the_stop_on_money_holds_when_a_run_goes_on(tmp_path: Path) -> None:
+    model = HalfSpace()
+    with served(model) as (address, _):
+        for _ in range(2):
+            with pytest.raises(ModelError, match="above max_cost 1 USD"):
+                rb.run_attack(paid(address), images(3), [0] * 3, "cgba", budget=20, out=tmp_path, max_rows=4)
+            assert model.rows <= 20
+        asked = model.rows
+        box = paid(address, max_cost=9.0)
+        rb.run_attack(box, images(3), [0] * 3, "cgba", budget=20, out=tmp_path, max_rows=4)
+    traffic = box.describe()["traffic"]
+    assert traffic["rows_answered"] == model.rows > asked  # type: ignore[index]
+    assert model.rows == sum(rb.run_attack(HalfSpace(), images(3), [0] * 3, "cgba", budget=20).ledger.values())
+
+
 def test_a_ledger_holds_over_many_runs(tmp_path: Path) -> None:
     inner, ledger = Small(), str(tmp_path / "books" / "ledger.sqlite")
     one = torch.zeros(1, dtype=torch.int64)

@@ -52,6 +52,7 @@ class ZOTrainer(Trainer):
         parts: what stage 2 trains: denoiser, whole (denoiser and encoder), or whole-plus (decoder too; first order only).
         autoencoder: an architecture by name; null takes the first that fits the images.
         ae_epochs: epochs of stage 1.
+        ae_rate: learning rate of stage 1 (the paper has 1e-3, and 600 epochs).
         pretrain: epochs of denoising by mean squared error before stage 2, without a query.
         depth, width: of the denoiser (17 and 64 in the paper).
         augment: random crops (4 pixels) and flips in stage 2.
@@ -76,6 +77,7 @@ class ZOTrainer(Trainer):
     parts: Literal["denoiser", "whole", "whole-plus"] = "whole"
     autoencoder: str | None = None
     ae_epochs: int = 30
+    ae_rate: float = 3e-3
     pretrain: int = 0
     depth: int = 5
     width: int = 24
@@ -91,7 +93,7 @@ class ZOTrainer(Trainer):
         order = torch.randperm(len(shop.images), generator=stream(torch.device("cpu"), shop.seed, self.name, "split"))
         own, other = order[held:], order[:held]
         if self.variant != "ds":
-            shop.record["ae_mse"] = _stage_1(guard, shop, own, self.ae_epochs)
+            shop.record["ae_mse"] = _stage_1(guard, shop, own, self.ae_epochs, self.ae_rate)
         if self.variant != "ae-only":
             if self.pretrain:
                 _pretrain(guard.denoiser, shop, own, self.pretrain, self.sigma)
@@ -131,26 +133,28 @@ class ZOTrainer(Trainer):
         return {"channels": shape[0], "depth": self.depth, "width": self.width, "autoencoder": name}
 
 
-def _stage_1(guard: Guard, shop: Workshop, own: Tensor, epochs: int) -> float:
+def _stage_1(guard: Guard, shop: Workshop, own: Tensor, epochs: int, rate: float) -> float:
     """Train encoder and decoder on clean images; returns the mean squared error of the last epoch."""
     both = nn.Sequential(guard.encoder, guard.decoder)
-    return _regress(both, shop, own, epochs, 0.0, "auto-encoder")
+    return _regress(both, shop, own, epochs, rate, 0.0, "auto-encoder")
 
 
 def _pretrain(denoiser: nn.Module, shop: Workshop, own: Tensor, epochs: int, sigma: float) -> None:
     """Train the denoiser to undo noise, by mean squared error."""
-    _regress(denoiser, shop, own, epochs, sigma, "denoiser")
+    _regress(denoiser, shop, own, epochs, 1e-3, sigma, "denoiser")
     denoiser.eval()
 
 
-def _regress(network: nn.Module, shop: Workshop, own: Tensor, epochs: int, sigma: float, what: str) -> float:
-    """Teach a network to return images from noisy ones; Adam at 1e-3, batches of 64, no query."""
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+def _regress(
+    network: nn.Module, shop: Workshop, own: Tensor, epochs: int, rate: float, sigma: float, what: str
+) -> float:
+    """Teach a network to return images from noisy ones; Adam, batches of 32, no query."""
+    optimizer = torch.optim.Adam(network.parameters(), rate)
     order, noise = (stream(device, shop.seed, what) for device in (torch.device("cpu"), shop.box.device))
     error = torch.zeros(())
     for epoch in range(epochs):
         total = torch.zeros((), device=shop.box.device)
-        for part in own[torch.randperm(len(own), generator=order)].split(64):
+        for part in own[torch.randperm(len(own), generator=order)].split(32):
             images = shop.images[part]
             noisy = (
                 images

@@ -124,7 +124,7 @@ def classify(options: argparse.Namespace, done: dict[str, Any]) -> None:
             for rows in (images[8000:], images[8000:] + options.sigma * noise)
         )
     print(f"the black box: {clean:.3f} clean, {hit:.3f} under one noise draw of sigma {options.sigma}")
-    common = {"sigma": options.sigma, "rows": options.rows, "depth": 5, "width": 16, "ae_epochs": options.ae_epochs}
+    common = {"sigma": options.sigma, "rows": options.rows, "depth": 3, "width": 8, "ae_epochs": options.ae_epochs}
     common |= {"autoencoder": options.autoencoder}
     for seed in options.seeds:
         for name in options.cells or CELLS:
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000, help="noise draws an image (1000)")
     parser.add_argument("--sigma", type=float, default=0.5)
     parser.add_argument("--rows", type=int, default=300_000, help="oracle rows of every trained defense (300000)")
-    parser.add_argument("--ae-epochs", type=int, default=20, help="of stage 1 (20)")
+    parser.add_argument("--ae-epochs", type=int, default=8, help="of stage 1 (8)")
     parser.add_argument("--autoencoder", default="mnist-32", help="of the classification task (mnist-32)")
     parser.add_argument("--out", type=Path, default=Path("build/zo_mnist.json"))
     options = parser.parse_args()

@@ -88,7 +88,7 @@ class HopSkipJump(Attack):
             search_cost = 1 + math.ceil(math.log2(radius / tolerance))
             rows = max(min(int(self.n0 * math.sqrt(t)), task.remaining - search_cost), 1)
             normal, _ = yield from estimate_normal(task, point, sigma, rows, sample, knob, centred=True)
-            end = yield from self._step(task, point, normal, radius / math.sqrt(t))
+            end = yield from step(task, point, normal, radius / math.sqrt(t))
             if end is not None:
                 point = yield from self._to_boundary(task, end)
 
@@ -122,13 +122,14 @@ class HopSkipJump(Attack):
         r = yield from bisect_arc(task, shrunk, radius, 0.0, tolerance)
         return shrunk(r) if r < radius else end
 
-    def _step(self, task: Task, point: Tensor, normal: Tensor, xi: float) -> Generator[Query, Answer, Tensor | None]:
-        """A step along the estimate that stays adversarial [1,C,H,W], or None where none was found."""
-        v = normal.sign() if task.norm == "linf" else normal / torch.linalg.vector_norm(normal).clamp_min(1e-12)
-        for _ in range(STEPS):
-            end = torch.add(point, v, alpha=xi).clamp_(0, 1)
-            answer = yield Query(end, "step")
-            if task.reached_any(answer):
-                return end
-            xi *= FURTHER if answer.status.any() else 0.5
-        return None
+
+def step(task: Task, point: Tensor, normal: Tensor, xi: float) -> Generator[Query, Answer, Tensor | None]:
+    """A step of length xi along an estimate that stays adversarial [1,C,H,W], or None where none was found."""
+    v = normal.sign() if task.norm == "linf" else normal / torch.linalg.vector_norm(normal).clamp_min(1e-12)
+    for _ in range(STEPS):
+        end = torch.add(point, v, alpha=xi).clamp_(0, 1)
+        answer = yield Query(end, "step")
+        if task.reached_any(answer):
+            return end
+        xi *= FURTHER if answer.status.any() else 0.5
+    return None

@@ -147,7 +147,7 @@ def estimate_normal(
     chunk = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
     for start in range(0, count, chunk):
         drawn = Noise(task.generator, sample, min(chunk, count - start), point)
-        answer = yield _probes(point, drawn, sigma, sample, knob)
+        answer = yield probes(point, drawn, sigma, sample, knob)
         noise = drawn.get().flatten(1)
         reached, known = task.reached(answer), answer.status == ANSWERED
         signs = (2 * reached.float() - known.float()).to(point.device)
@@ -162,7 +162,7 @@ def estimate_normal(
     return total, share
 
 
-def _probes(point: Tensor, noise: Noise, sigma: float, sample: Sampler, knob: Knob | None) -> Query:
+def probes(point: Tensor, noise: Noise, sigma: float, sample: Sampler, knob: Knob | None) -> Query:
     """The query for the rows clip(point + sigma u), which can be drawn again at the scale that is then in force."""
     root = math.sqrt(point.numel())
 

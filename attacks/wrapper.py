@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from robustbox import registry
 from robustbox.errors import InputError
-from robustbox.protocol import REJECTED, Answer, Attack, Task
+from robustbox.protocol import REJECTED, Answer, Attack, Search, Task
 
 W = TypeVar("W", bound="Wrapper")
 
@@ -42,6 +43,9 @@ class Wrapper(Attack):
 
     def check(self, task: Task) -> None:
         self.inner().check(task)
+
+    def searches(self, tasks: Sequence[Task]) -> list[Search]:
+        return [self.search(task) for task in tasks]  # not those of the attack inside, which do not pass through here
 
 
 def wrapped(wrapper: type[W], scheme: str, name: str) -> type[W]:

@@ -67,8 +67,9 @@ class QueryLoop:
         self._eot = eot
         self._keep_going = keep_going
         self._progress = progress
-        pairs = enumerate(zip(tasks, records, strict=True))
-        self._runs = [Run(k, task, record, attack.search(task)) for k, (task, record) in pairs]
+        tasks = list(tasks)
+        each = zip(tasks, records, attack.searches(tasks), strict=True)
+        self._runs = [Run(k, task, record, search) for k, (task, record, search) in enumerate(each)]
         self._dispatch = Dispatch(oracle, self._runs, max_rows, eot)
         self.batch = self._dispatch.batch
 

@@ -14,7 +14,7 @@ the black box.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -288,3 +288,7 @@ class Attack(ABC):
     @abstractmethod
     def search(self, task: Task) -> Search:
         """Ask queries until the goal is reached as well as it can be; `answer = yield Query(rows)`."""
+
+    def searches(self, tasks: Sequence[Task]) -> list[Search]:
+        """The searches of one run, one for each task; images that share what they learn meet here."""
+        return [self.search(task) for task in tasks]

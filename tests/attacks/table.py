@@ -172,4 +172,8 @@ MODES = [
     Mode("tangent", factors=(1.25, 1.06)),
     Mode("tangent", options={"ratio": 1.1}, factors=(1.25, 1.07)),
     Mode("tangent", targeted=True, factors=(1.2, 1.06)),
+    Mode("waterfill", factors=(1.2, 1.05)),
+    Mode("waterfill", targeted=True, factors=(1.2, 1.05)),
+    Mode("waterfill", "linf", factors=(1.5, 1.17)),
+    Mode("waterfill", "linf", targeted=True, factors=(1.5, 1.17)),
 ]

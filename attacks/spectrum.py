@@ -1,0 +1,149 @@
+"""Where a boundary's normal is to be expected, what was learnt about it, and which noise asks for it best.
+
+Normals n are unit vectors, their coefficients n_i in an orthonormal basis (`blocks.py`) independent with variance c_i, sum 1:
+
+    c_i ~ 0.3 [a colour, not grey] / (1 + (f_i / 40)^2) exp(-a_i) l_colour l_band l_cell
+
+for f_i cycles an image and a squared distance a_i from its middle (1 at a border). The factors l of colours, of frequency bands
+and of the 16 cells of the image are learnt, from 1 on.
+
+The sign of <n, u> under noise u with variances s_i has E[sign u_i] = k s_i n_i / tau, k^2 = 2 / pi, tau^2 = sum s_i n_i^2.
+So q signs tell of n_i what a measurement with noise of variance 1 / I_i does, I_i = k^2 q s_i / tau^2, and n_i is known to the
+share c_i I_i / (1 + c_i I_i). What is known in all, sum c_i^2 I_i / (1 + c_i I_i), is largest, for q' = 2 q / pi, where
+
+    s_i = (sqrt(c_i) / t - 1)+ / c_i     with t such that     sum (sqrt(c_i) / t - 1)+ = q',
+
+water-filling: few queries go to the few coefficients that vary most, many flow into all. `cos ~ sqrt(rho q' / (q' + d))`, for d
+coefficients alike that hold the share rho of the normal, is its simplest case.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .blocks import blocks
+
+COLOUR, CYCLES = 0.3, 40.0
+"""The cautious prior: how much less a colour varies than grey, and where the frequencies begin to fade."""
+BANDS = 5
+TRUST = 4.0
+"""Precision of the belief that the logarithm of a factor is 0."""
+K = math.sqrt(2 / math.pi)
+
+
+def water_filling(variances: Tensor, queries: float) -> Tensor:
+    """The noise's variances s for a normal's variances c > 0 of any shape, whose queries are to be shared out; mean 1."""
+    root = variances.sqrt()
+    total = root.flatten().sort(descending=True).values.cumsum(0)
+    level = (total / (queries + torch.arange(1, len(total) + 1, device=total.device))).max()
+    noise = (root / level - 1).clamp_min_(0).div_(variances)
+    return noise / noise.mean()
+
+
+class Evidence:
+    """What the signs at one image told of a normal: `told` = sum of measurements times precision, [C,H,W].
+
+    Attributes:
+        precision: of those measurements, [C,H,W].
+        spread: the variance of `told` that is noise, [C,H,W].
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.told, self.precision, self.spread = (torch.zeros_like(like) for _ in range(3))
+
+    def fade(self, share: float) -> None:
+        """Keep a share of the evidence: the boundary turned."""
+        self.told *= share
+        self.precision *= share
+        self.spread *= share * share
+
+    def add(self, total: Tensor, count: int, noise: Tensor, residual: Tensor) -> None:
+        """Add `count` signs: sum_j s_j u_j [C,H,W] under noise of variances s [C,H,W]; `residual` is tau^2."""
+        gained = noise * (K * K * count / residual)
+        self.told += total * (K / residual.sqrt())
+        self.precision += gained
+        self.spread += gained
+
+    def variances(self, prior: Tensor) -> Tensor:
+        """What is not known of each coefficient, [C,H,W]."""
+        return 1 / (1 / prior + self.precision)
+
+    def mean(self, prior: Tensor) -> Tensor:
+        """The expected normal, shrunk where little was asked, [C,H,W]."""
+        return self.told * self.variances(prior)
+
+    def rule_out(self, tangent: Tensor, prior: Tensor) -> None:
+        """Take in that the normal has no part along a direction [C,H,W]."""
+        rest = self.variances(prior)
+        mean = self.told * rest
+        share = (mean * tangent).sum() / (tangent.square() * rest).sum().clamp_min(1e-30)
+        self.told = (mean - share * rest * tangent) / rest
+
+
+class Spectrum:
+    """The variances of normals, learnt from the evidence of one image, or of all images of a run.
+
+    Each update is a step of Fisher scoring on the logarithms of the factors: under the prior, the mean m_i of a coefficient has
+    E[m_i^2] = w_i^2 (V_i + c_i I_i^2) with its posterior variance w_i and the noise V_i of the evidence. What all groups have
+    in common is left out (the normal's length is known), and an image moves a factor by its own share of the information.
+
+    Args:
+        like: an image [C,H,W].
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        channels, height, width = shape = (*like.shape,)
+        device = like.device
+        self.basis = basis = blocks(shape, device)
+        grey = torch.full((channels, 1, 1), COLOUR, device=device)
+        grey[0] = 1
+        self._base = grey / (1 + (basis.cycles / CYCLES).square()) * torch.exp(-basis.away)
+        band = (
+            (basis.cycles * (BANDS / float(basis.cycles.max()) * 0.999)).long()
+            if height * width > 1
+            else basis.cell * 0
+        )
+        colour = torch.arange(channels, device=device).view(-1, 1, 1).expand(shape)
+        groups = (colour, band.expand(shape), basis.cell.expand(shape))
+        self._groups = [(group.flatten(), int(group.max()) + 1) for group in groups]
+        self._logs = [torch.zeros(size, device=device) for _, size in self._groups]
+        self._informed: dict[int, list[Tensor]] = {}
+        self._shape = shape
+
+    def variances(self) -> Tensor:
+        """The prior variances c [C,H,W]; their sum is 1."""
+        factor = torch.zeros(self._base.shape, device=self._base.device)
+        for log, (group, _) in zip(self._logs, self._groups, strict=True):
+            factor += log[group].view(self._shape)
+        c = self._base * factor.exp_()
+        return c / c.sum()
+
+    def enter(self) -> int:
+        """The number of one more image that learns."""
+        self._informed[len(self._informed)] = [torch.zeros_like(log) for log in self._logs]
+        return len(self._informed) - 1
+
+    def learn(self, image: int, evidence: Evidence) -> None:
+        """Take in the evidence of an image, by its number, in place of what it told before."""
+        c = self.variances()
+        w = evidence.variances(c)
+        known = (w * evidence.precision).square()
+        expected = (w * w * (evidence.spread + c * evidence.precision.square()) / c).clamp_min_(1e-15)
+        weight = torch.where(evidence.spread > 0, known / (2 * expected.square()), 0.0)
+        score = weight * ((evidence.told * w).square() / c - expected)
+        information = weight * known
+        score = score - score.sum() / information.sum().clamp_min(1e-9) * information
+        for k, (group, size) in enumerate(self._groups):
+            if size == 1:
+                continue
+            slope, own = (
+                torch.zeros(size, device=c.device).index_add_(0, group, x.flatten()) for x in (score, information)
+            )
+            self._informed[image][k] = own
+            everyone = torch.stack([each[k] for each in self._informed.values()]).sum(0)
+            pull = TRUST * self._logs[k] / len(self._informed)
+            step = ((slope - pull) / (everyone + TRUST)).clamp_(-0.5, 0.5)
+            self._logs[k] = (self._logs[k] + step).clamp_(-3, 3)

@@ -1,0 +1,181 @@
+"""Waterfill: the basis is orthonormal, water-filling is the optimum, planted spectra are learnt, images share where allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from robustbox import run_attack
+from robustbox.attacks.blocks import Blocks
+from robustbox.attacks.spectrum import Evidence, K, Spectrum, water_filling
+from robustbox.attacks.waterfill import Waterfill
+from robustbox.errors import InputError
+from tests.attacks.analytic import Flat, check_box, unit
+from tests.attacks.table import AWAY, Plane, beyond, images
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 96, 64), (2, 30, 17), (1, 1, 1), (3, 5, 211)])
+def test_the_basis_is_orthonormal(shape: tuple[int, int, int]) -> None:
+    basis, x = Blocks(shape, torch.device("cpu")), torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    coefficients = basis.analyse(x)
+    assert torch.allclose(basis.compose(coefficients), x, atol=1e-5)
+    assert torch.allclose(coefficients.square().sum((1, 2, 3)), x.square().sum((1, 2, 3)), rtol=1e-5)
+    assert int(basis.cell.max()) < 16
+
+
+def test_a_coefficient_has_a_colour_a_frequency_and_a_place() -> None:
+    basis = Blocks((3, 32, 32), torch.device("cpu"))
+    flat = torch.zeros(1, 3, 32, 32)
+    flat[:, :, 8:12, 20:24] = 1.0  # grey, without waves, in one block
+    coefficients = basis.analyse(flat)[0]
+    at = coefficients.abs().amax(0) > 1e-5
+    assert at.sum() == 1
+    assert basis.cycles[at] == 0
+    assert basis.cell[at] == 4 * 1 + 2
+    assert coefficients[1:].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("queries", [0.5, 10.0, 1000.0])
+def test_water_filling_learns_most_for_its_queries(queries: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    c = torch.rand(50, generator=generator).pow(3) + 1e-3
+    c /= c.sum()
+
+    def known(noise: Tensor) -> float:
+        told = queries * noise / (noise * c).sum()
+        return float((c * c * told / (1 + c * told)).sum())
+
+    best = water_filling(c, queries)
+    assert float(best.mean()) == pytest.approx(1, rel=1e-5)
+    for _ in range(50):
+        other = best * torch.exp(0.3 * torch.randn(50, generator=generator)) + 0.02 * torch.rand(
+            50, generator=generator
+        )
+        assert known(other) <= known(best) + 1e-6
+    assert known(best) > known(torch.ones(50))
+
+
+def test_few_queries_see_few_coefficients_and_many_see_all() -> None:
+    c = torch.linspace(1, 10, 100).square()
+    seen = [int((water_filling(c / c.sum(), q) > 0).sum()) for q in (1, 10, 100, 1000)]
+    assert seen == sorted(seen)
+    assert seen[0] < 40
+    assert seen[-1] == 100
+
+
+def planted(spectrum: Spectrum, keep: Tensor, n: int, signs: int) -> None:
+    """Let n images with unit normals in the coefficients of `keep` [C,H,W] tell `signs` signs each under white noise."""
+    generator = torch.Generator().manual_seed(0)
+    white = torch.ones(keep.shape)
+    for number in [spectrum.enter() for _ in range(n)]:
+        normal = torch.randn(keep.shape, generator=generator) * keep
+        normal /= normal.norm()
+        u = torch.randn(signs, *keep.shape, generator=generator)
+        s = (u.flatten(1) @ normal.flatten()).sign()
+        evidence = Evidence(keep)
+        evidence.add((s @ u.flatten(1)).view(keep.shape), signs, white, torch.tensor(1.0))
+        estimate = evidence.mean(torch.full(keep.shape, 1 / keep.numel()))
+        cosine = float((estimate * normal).sum() / estimate.norm())
+        expected = (K * K * signs / (K * K * signs + keep.numel())) ** 0.5
+        assert cosine == pytest.approx(expected, abs=0.1)  # the density law
+        spectrum.learn(number, evidence)
+
+
+def test_a_planted_colour_is_learnt() -> None:
+    keep = torch.zeros(3, 16, 16)
+    keep[1] = 1  # first minus last channel, of which the prior expects little
+    spectrum = Spectrum(torch.zeros(3, 16, 16))
+    before = spectrum.variances().sum((1, 2))
+    planted(spectrum, keep, 15, 300)
+    after = spectrum.variances().sum((1, 2))
+    assert before[1] / before[0] < 0.35
+    assert after[1] / after[0] > 2
+    assert after[1] / after[2] > 4
+    assert float(after.sum()) == pytest.approx(1, rel=1e-4)
+
+
+def test_a_planted_place_is_learnt() -> None:
+    spectrum = Spectrum(torch.zeros(1, 16, 16))
+    corner = (spectrum.basis.cell == 0).float()[None]
+    before = float((spectrum.variances() * corner).sum())
+    planted(spectrum, corner, 15, 300)
+    assert float((spectrum.variances() * corner).sum()) > 5 * before
+
+
+def test_the_arcs_tangent_is_ruled_out() -> None:
+    evidence, prior = Evidence(torch.zeros(3, 4, 4)), torch.full((3, 4, 4), 1 / 48)
+    noise = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.5
+    evidence.add(5 * unit((3, 4, 4), 3), 40, noise, torch.tensor(1.0))
+    tangent = unit((3, 4, 4), 4)
+    assert abs(float((evidence.mean(prior) * tangent).sum())) > 1e-3
+    evidence.rule_out(tangent, prior)
+    assert abs(float((evidence.mean(prior) * tangent).sum())) < 1e-6
+
+
+class Waves(Plane):
+    """A plane whose normal the prior expects: grey and in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        spectrum = Spectrum(torch.zeros(3, 8, 8))
+        c = spectrum.variances()
+        normal = torch.randn(c.shape, generator=torch.Generator().manual_seed(5)) * (c > c.median()) * c.sqrt()
+        self.normal = spectrum.basis.compose(normal[None])[0]
+        self.normal /= self.normal.norm()
+
+
+def level(n: int, normal: Tensor) -> Tensor:
+    """Images [n,3,8,8] that differ along the plane alone."""
+    along = torch.stack([unit((3, 8, 8), seed=2 + i) for i in range(n)])
+    along -= (along * normal).sum((1, 2, 3), keepdim=True) * normal
+    return 0.5 + 0.1 * along
+
+
+def far(attack: str, box: Plane, of: Tensor, queries: int, **setting: Any) -> float:
+    result = run_attack(box, of, [0] * len(of), attack=attack, budget=queries, **setting)
+    assert not any(result.errors), result.errors
+    return float(np.median(result.distance_at(queries))) / AWAY
+
+
+def test_where_the_prior_is_right_half_of_the_queries_are_enough() -> None:
+    of = level(12, Waves().normal)
+    assert far("waterfill", Waves(), of, 150) < far("cgba", Waves(), of, 300)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_it_lands_near_the_optimum_of_an_8_bit_plane(targeted: bool) -> None:
+    aim: dict[str, Any] = {"targets": 1, "pool": (beyond(), torch.ones(4, dtype=torch.long))} if targeted else {}
+    assert far("waterfill", Plane(), images(6), 1000, levels=256, **aim) < 1.25
+
+
+def transcript(n: int, share: bool) -> Tensor:
+    """Every row that the black box was asked for the first image."""
+    box, seen = Flat((3, 8, 8), AWAY), []
+    of = box.images(n)
+
+    def model(rows: Tensor) -> Tensor:
+        check_box(rows)
+        seen.append(rows.clone())
+        return box(rows)
+
+    result = run_attack(model, of, [0] * n, Waterfill(share_prior=share), budget=250, max_rows=1)
+    assert not any(result.errors), result.errors
+    return torch.tensor([far for _, far in result.traces[0]])
+
+
+def test_images_share_what_they_learn_only_where_it_is_allowed() -> None:
+    alone, company = (transcript(n, False) for n in (1, 4))
+    assert torch.equal(alone, company)
+    shared, again = (transcript(4, True) for _ in range(2))
+    assert torch.equal(shared, again)
+    assert not torch.equal(shared[: len(alone)], alone[: len(shared)])
+
+
+@pytest.mark.parametrize("options", [{"n0": 0}, {"memory": -0.1}, {"memory": 1.5}])
+def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(options))):
+        Waterfill(**options)

@@ -88,7 +88,7 @@ class HopSkipJump(Attack):
             search_cost = 1 + math.ceil(math.log2(radius / tolerance))
             rows = max(min(int(self.n0 * math.sqrt(t)), task.remaining - search_cost), 1)
             normal, _ = yield from estimate_normal(task, point, sigma, rows, sample, knob, centred=True)
-            end = yield from step(task, point, normal, radius / math.sqrt(t))
+            end = yield from self._step(task, point, normal, radius / math.sqrt(t))
             if end is not None:
                 point = yield from self._to_boundary(task, end)
 
@@ -121,6 +121,10 @@ class HopSkipJump(Attack):
 
         r = yield from bisect_arc(task, shrunk, radius, 0.0, tolerance)
         return shrunk(r) if r < radius else end
+
+    def _step(self, task: Task, point: Tensor, normal: Tensor, xi: float) -> Generator[Query, Answer, Tensor | None]:
+        """A step along the estimate that stays adversarial [1,C,H,W], or None where none was found."""
+        return (yield from step(task, point, normal, xi))
 
 
 def step(task: Task, point: Tensor, normal: Tensor, xi: float) -> Generator[Query, Answer, Tensor | None]:

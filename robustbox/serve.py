@@ -49,8 +49,8 @@ class ServeConfig:
             --defense.NAME.
         seed: the defense's secrets and noise come from it.
         device: auto, cpu, cuda, cuda:1 and so on.
-        tokens: a file of tokens, a line each: TOKEN [name=NAME] [account=N] [budget=ROWS] [acts]; default: whoever can reach
-            the service may ask, on behalf of any account.
+        tokens: a file of tokens, a line each: TOKEN, then any of name=NAME account=N budget=ROWS acts; default: whoever can
+            reach the service may ask, on behalf of any account.
         budget: rows that each account may send; default: any number.
         host: the address to listen at; one that other machines reach needs tokens.
         port: the port to listen at; 0 takes a free one.

@@ -25,14 +25,14 @@ PARTS = {
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Link the four code folders as one package, and complete the menu."""
+    """Bring the four code folders together as one package, and complete the menu."""
     shutil.rmtree(TREE, ignore_errors=True)
-    for package in PARTS.values():  # files are linked, not folders: the reader of docstrings does not follow these
+    for package in PARTS.values():  # copies: the reader of docstrings takes a link for what it points to
         name = package.removeprefix("robustbox").removeprefix(".")
         source = next(folder for folder in (ROOT / "robustbox" / name, ROOT / name) if folder.is_dir())
         (TREE / name).mkdir(parents=True, exist_ok=True)
         for path in source.glob("*.py"):
-            (TREE / name / path.name).symlink_to(path)
+            shutil.copyfile(path, TREE / name / path.name)
     nav: list[Any] = config.nav or []
     known = str(nav)
     pages = sorted(path.name for path in Path(config.docs_dir).glob("*.md") if f"'{path.name}'" not in known)

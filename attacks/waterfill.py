@@ -25,8 +25,8 @@ reaches the goal, and the ball is shrunk around x until it fails; noise is 0.15 
 Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 5 rows of search (linf 8); the start search
 (`starts.find_start`) and one line search come first.
 
-With `share_prior` the variances are learnt from all images of a run together, in their order. An image's result then depends
-on the others, which is why it is off by default. An attack wrapped by another one (`oars:waterfill`) never shares.
+With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from all images of a
+run together, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.
 
 It loses where normals are the contrary of the prior (colour without grey, border without middle, the finest frequencies of
 large images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; and it gains
@@ -94,19 +94,19 @@ class Waterfill(Attack):
     share_prior: bool = False
 
     def __post_init__(self) -> None:
-        if self.n0 < 1:
-            raise InputError(f"n0 must be at least 1, got {self.n0}")
-        if not 0 <= self.memory <= 1:
-            raise InputError(f"memory must be between 0 and 1, got {self.memory}")
+        if self.n0 < 1 or not 0 <= self.memory <= 1:
+            raise InputError(f"n0 must be at least 1, and memory between 0 and 1, not {self.n0} and {self.memory}")
+
+    @property
+    def shares(self) -> bool:
+        return self.share_prior
 
     def search(self, task: Task) -> Search:
         return self._search(task, Spectrum(task.image))
 
     def searches(self, tasks: Sequence[Task]) -> list[Search]:
-        if not self.share_prior or not tasks:
-            return super().searches(tasks)
-        spectrum = Spectrum(tasks[0].image)
-        return [self._search(task, spectrum) for task in tasks]
+        common = Spectrum(tasks[0].image) if self.share_prior and tasks else None
+        return [self._search(task, common or Spectrum(task.image)) for task in tasks]
 
     def _search(self, task: Task, spectrum: Spectrum) -> Search:
         knob, number, evidence = radius_knob(task.image), spectrum.enter(), Evidence(task.image)

@@ -44,6 +44,10 @@ class Wrapper(Attack):
     def check(self, task: Task) -> None:
         self.inner().check(task)
 
+    @property
+    def shares(self) -> bool:
+        return False
+
     def searches(self, tasks: Sequence[Task]) -> list[Search]:
         return [self.search(task) for task in tasks]  # not those of the attack inside, which do not pass through here
 

@@ -80,12 +80,13 @@ def run(arguments: argparse.Namespace) -> AuditResult | None:
     if arguments.dry_run:
         console.print("no query was asked")
         return None
+    executor = _executor(arguments)
     with audit, Matrix(audit, sys.stderr, arguments.quiet or None) as bar:
         audit.preflight(lambda system: bar.say(f"looking at {system.id}"))
         show_preflight(audit, console)
         bar.begin()
         try:
-            for outcome in audit.run(_executor(arguments), watch=bar):
+            for outcome in audit.run(executor, watch=bar):
                 bar.end(outcome)
             for name, error in audit.certify():
                 bar.certified(name, error)
@@ -100,12 +101,14 @@ def run(arguments: argparse.Namespace) -> AuditResult | None:
 def _executor(arguments: argparse.Namespace) -> Executor:
     if arguments.cluster is None:
         return in_turn
-    return Cluster(
+    cluster = Cluster(
         address=arguments.cluster,
         images=arguments.images_per_task,
         cpus=arguments.cpus_per_worker,
         gpus=arguments.gpus_per_worker,
     )
+    cluster.connect()
+    return cluster
 
 
 class Matrix(AbstractContextManager["Matrix"]):

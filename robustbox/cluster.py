@@ -45,20 +45,27 @@ class Cluster:
         """Run cells, each whole or in shards; yields the outcome of each as soon as it is there.
 
         Raises:
-            InputError: Ray is not installed, or there is no cluster at the address.
+            InputError: as `connect`.
         """
-        ray = self._connect()
+        ray = self.connect()
         try:
             yield from self._run(ray, [_absolute(cell) for cell in cells], world)
         finally:
             ray.shutdown()  # a local cluster ends, and on another one the tasks that are still running
 
-    def _connect(self) -> Any:
+    def connect(self) -> Any:
+        """Connect to the cluster, which the executor does too: before it, nothing was asked yet, and errors cost no query.
+
+        Raises:
+            InputError: Ray is not installed, there is no cluster at the address, or no machine in it can hold a task.
+        """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
         except ImportError:
             raise InputError("--cluster needs Ray: pip install 'robustbox[cluster]'") from None
+        if ray.is_initialized():
+            return ray
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
             if self.address == "local":
@@ -68,7 +75,20 @@ class Cluster:
                 ray.init(self.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"there is no Ray cluster at {self.address}: {error}") from error
+        self._check(ray)
         return ray
+
+    def _check(self, ray: Any) -> None:
+        """Refuse tasks that no machine of the cluster can hold: they would wait for ever."""
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        asked = {"CPU": self.cpus, "GPU": self.gpus}
+        if not any(all(machine.get(kind, 0) >= n for kind, n in asked.items()) for machine in machines):
+            most = ", ".join(f"{max(m.get(kind, 0) for m in machines):g} {kind}s" for kind in asked)
+            ray.shutdown()
+            raise InputError(
+                f"a worker is to have {self.cpus:g} CPUs and {self.gpus:g} GPUs, but no machine of the cluster at "
+                f"{self.address} has them (at most {most}): ask for less, or start such a machine first"
+            )
 
     def _run(self, ray: Any, cells: Sequence[Cell], world: World) -> Iterator[Outcome]:
         asks = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": self.retries}

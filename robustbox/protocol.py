@@ -289,6 +289,11 @@ class Attack(ABC):
     def search(self, task: Task) -> Search:
         """Ask queries until the goal is reached as well as it can be; `answer = yield Query(rows)`."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether the images of a run share what they learn: an image's result then depends on its neighbours."""
+        return False
+
     def searches(self, tasks: Sequence[Task]) -> list[Search]:
         """The searches of one run, one for each task; images that share what they learn meet here."""
         return [self.search(task) for task in tasks]

@@ -47,8 +47,9 @@ class Shard:
 def cut(cell: Cell, world: World, size: int) -> list[Shard]:
     """The shards of a cell, of `size` images each; none where it must be run whole, or is being run so already.
 
-    A cell is whole where its images share something: a total budget, a history of all clients, a model that remembers or draws,
-    a remote service (whose cost is counted by whoever asks), an image that comes twice (and has two accounts).
+    A cell is whole where its images share something: what the attack learns, a total budget, a history of all clients, a model
+    that remembers or draws, a remote service (whose cost is counted by whoever asks), an image that comes twice (and has two
+    accounts).
     """
     room, config = _room(cell), cell.config
     if (room / _SIZE).exists():
@@ -58,7 +59,8 @@ def cut(cell: Cell, world: World, size: int) -> list[Shard]:
     images, _, n = _images(cell, world)
     box = world.box(config.model, config.device)
     defenses = inputs.resolve_defenses(config.defense, config.defense_options)
-    shared = any(getattr(recipe, "scope", "account") != "account" for recipe in defenses)
+    shared = inputs.resolve_attack(config.attack, config.attack_options).shares
+    shared |= any(getattr(recipe, "scope", "account") != "account" for recipe in defenses)
     own = box.inner is not None or box.stochastic or box.stateful or box.describe().get("kind") == "remote"
     twice = len({sha256(image) for image in images[:n]}) < n
     if n <= size or config.total_budget is not None or shared or own or twice:

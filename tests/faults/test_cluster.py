@@ -12,6 +12,7 @@ import torch
 
 from robustbox.auditing.run import run_audit
 from robustbox.cluster import Cluster
+from robustbox.errors import InputError
 from robustbox.folder import read_run
 from tests.toys import images
 
@@ -29,6 +30,13 @@ AUDIT: dict[str, Any] = {
     "threats": [{"norm": "l2", "epsilon": 0.9}],
     "preflight": {"benign": 5},
 }
+
+
+def test_a_worker_that_no_machine_can_hold_is_refused_and_not_waited_for() -> None:
+    ray = pytest.importorskip("ray", reason="no Ray: pip install 'robustbox[cluster]'")
+    with pytest.raises(InputError, match=r"1 CPUs and 1000 GPUs, but no machine .* has them .* ask for less"):
+        Cluster(gpus=1000).connect()
+    assert not ray.is_initialized()
 
 
 def test_a_killed_worker(tmp_path: Path) -> None:

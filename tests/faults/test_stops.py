@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from robustbox.errors import InputError, StorageError
+from robustbox.errors import InputError, ModelError, StorageError
 from robustbox.folder import read_run
 from tests.faults.victim import attack
 
@@ -36,35 +37,37 @@ def whole(tmp_path: Path) -> tuple[tuple[Any, bytes], int]:
 
 
 def test_killed_at_twenty_random_moments(tmp_path: Path, whole: tuple[Any, int]) -> None:
+    """Twenty kills, in as many runs as it takes: one that comes to its end is looked at, and another begun."""
     expected, rows = whole
-    folder, log = tmp_path / "run", tmp_path / "run.log"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.victim"])
-    draws, killed = np.random.default_rng(8), 0
+    draws, killed, runs = np.random.default_rng(8), 0, 0
     while killed < KILLS:
-        victim = context.Process(target=attack, args=(str(folder), str(log), 0.01))
-        victim.start()
-        before = log.stat().st_size if log.exists() else 0
-        limit = before + int(draws.integers(0, 2 * rows // KILLS))
-        while victim.is_alive() and (log.stat().st_size if log.exists() else 0) <= limit:
-            time.sleep(0.002)
-        time.sleep(float(draws.uniform(0, 0.015)))
-        victim.kill()
-        victim.join()
-        if victim.exitcode == 0:  # it came to its end
-            break
-        killed += 1
-    assert killed >= KILLS // 2
-    if not (folder / "report.html").exists() or not read_run(folder)[0]["complete"]:
-        attack(str(folder), str(log))
-    assert outcome(folder) == expected
-    document = read_run(folder)[0]
-    seen, in_flight = log.stat().st_size, document["journal"]["in_flight"]
-    assert rows <= seen <= rows + in_flight  # what was in flight reached the service, or died on its way
-    assert in_flight <= 8 * killed  # a pass each
-    with pytest.raises(InputError, match="holds a complete run"):
-        attack(str(folder), str(log))
-    assert log.stat().st_size == seen
+        folder, log, here = tmp_path / f"run{runs}", tmp_path / f"run{runs}.log", 0
+        runs += 1
+        while killed < KILLS:
+            victim = context.Process(target=attack, args=(str(folder), str(log), 0.01))
+            victim.start()
+            before = log.stat().st_size if log.exists() else 0
+            limit = before + int(draws.integers(0, 2 * rows // KILLS))
+            while victim.is_alive() and (log.stat().st_size if log.exists() else 0) <= limit:
+                time.sleep(0.002)
+            time.sleep(float(draws.uniform(0, 0.015)))
+            victim.kill()
+            victim.join()
+            if victim.exitcode == 0:  # it came to its end
+                break
+            assert victim.exitcode == -signal.SIGKILL
+            killed, here = killed + 1, here + 1
+        if not (folder / "report.html").exists() or not read_run(folder)[0]["complete"]:
+            attack(str(folder), str(log))
+        assert outcome(folder) == expected
+        seen, in_flight = log.stat().st_size, read_run(folder)[0]["journal"]["in_flight"]
+        assert rows <= seen <= rows + in_flight  # what was in flight reached the service, or died on its way
+        assert in_flight <= 8 * here  # a pass each
+        with pytest.raises(InputError, match="holds a complete run"):
+            attack(str(folder), str(log))
+        assert log.stat().st_size == seen
 
 
 @pytest.fixture
@@ -111,3 +114,22 @@ def test_a_clock_that_goes_backwards(tmp_path: Path, whole: tuple[Any, int], mon
     document = read_run(tmp_path / "run")[0]
     assert document["seconds"].keys() == {"clean", "attack", "verify"}
     assert outcome(tmp_path / "run") == whole[0]
+
+
+def test_a_run_goes_on_after_the_clock_was_set_back(
+    tmp_path: Path, whole: tuple[Any, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal has readings of the clock: those of the second session come before those of the first."""
+    expected, rows = whole
+    folder, log = tmp_path / "run", tmp_path / "run.log"
+    with pytest.raises(ModelError, match="the service went away"):
+        attack(str(folder), str(log), dies_at=rows // 2)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: -1e9)
+    attack(str(folder), str(log))
+    assert outcome(folder) == expected
+    document = read_run(folder)[0]
+    assert all(seconds >= 0 for seconds in document["seconds"].values())
+    assert document["journal"]["sessions"] == 2
+    assert 0 < document["journal"]["in_flight"] <= 8
+    assert log.stat().st_size == rows  # the pass that failed was not answered, nor counted by the service

@@ -16,14 +16,20 @@ from tests.toys import images
 
 
 class Service(BlackBox):
-    """Class 1 where the mean exceeds 0.6; its own count of rows is the size of a file, a byte a row."""
+    """Class 1 where the mean exceeds 0.6; its own count of rows is the size of a file, a byte a row.
+
+    It goes away for good rather than answer more than `dies_at` rows.
+    """
 
     name, classes, scores = "service", 2, "logit"
 
-    def __init__(self, log: Path, pause: float = 0.0) -> None:
-        self.log, self.pause = log, pause
+    def __init__(self, log: Path, pause: float = 0.0, dies_at: int | None = None) -> None:
+        self.log, self.pause, self.dies_at = log, pause, dies_at
 
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        counted = self.log.stat().st_size if self.log.exists() else 0
+        if self.dies_at is not None and counted + len(rows) > self.dies_at:
+            raise ConnectionError("the service went away")
         with self.log.open("ab", buffering=0) as file:
             os.write(file.fileno(), b"." * len(rows))
         time.sleep(self.pause)
@@ -31,10 +37,10 @@ class Service(BlackBox):
         return Answer.of((margin > 0).long(), torch.stack([-margin, margin], dim=1).float())
 
 
-def attack(folder: str, log: str, pause: float = 0.0) -> AttackResult:
+def attack(folder: str, log: str, pause: float = 0.0, dies_at: int | None = None) -> AttackResult:
     """The run: CGBA on four images behind a gate, 100 queries each."""
     torch.set_num_threads(1)
-    box = Service(Path(log), pause)
+    box = Service(Path(log), pause, dies_at)
     return run_attack(
         box, images(4), [0] * 4, "cgba", budget=100, defense="blacklight", accounts=None, max_rows=8, out=folder
     )

@@ -53,6 +53,17 @@ def random_box() -> CallableBox:
         "chance of the model's own": ({}, random_box(), 0),
         "an image that comes twice": ({"data": "twice"}, bright, 0),
         "few images": ({"images": 2}, bright, 0),
+        "an attack that learns apart": ({"attack": "waterfill"}, bright, 3),
+        "an attack that learns from all images": (
+            {"attack": "waterfill", "attack_options": {"share_prior": True}},
+            bright,
+            0,
+        ),
+        "such an attack, wrapped: it never shares": (
+            {"attack": "oars:waterfill", "attack_options": {"share_prior": True}},
+            bright,
+            3,
+        ),
     }.values(),
 )
 def test_a_cell_is_cut_where_its_images_share_nothing(

@@ -74,7 +74,8 @@ class Cluster:
             else:
                 ray.init(self.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(f"there is no Ray cluster at {self.address}: {error}") from error
+            hint = "" if self.address == "local" else " (if it asks for a token, set RAY_AUTH_MODE=token)"
+            raise InputError(f"there is no Ray cluster at {self.address}{hint}: {error}") from error
         self._check(ray)
         return ray
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from robustbox.errors import InputError
-from robustbox.identity import stream
 from robustbox.protocol import ANSWERED, REJECTED, Answer, BlackBox, Defense
+
+from .row_streams import RowStreams
+from .transforms import Outer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,29 +59,23 @@ class Smoothing(Defense):
         return SmoothedBox(box, self, seed)
 
 
-class SmoothedBox(BlackBox):
+class SmoothedBox(Outer):
     """A black box behind `Smoothing`: its scores are shares of the votes.
 
-    Each account draws from a stream of its own, row after row: what it is answered depends neither on its neighbours nor on
-    how rows are fused into passes. Copies that a defense behind refuses have no vote.
+    Each row's copies come from a stream of its own (`row_streams`). Copies that a defense behind refuses have no vote.
     """
 
-    stochastic = True
-
     def __init__(self, inner: BlackBox, smoothing: Smoothing, seed: int) -> None:
-        self.inner: BlackBox = inner
-        self.name = f"{inner.name} behind {smoothing.name}"
-        self.device, self.input_shape, self.stateful = inner.device, inner.input_shape, inner.stateful
-        self.levels, self.classes = inner.levels, inner.classes
+        super().__init__(inner, smoothing)
+        self.stochastic = True
         self.scores = None if inner.classes is None else "probability"
-        self._smoothing, self._seed = smoothing, seed
-        self._streams: dict[int, torch.Generator] = {}
+        self._smoothing = smoothing
+        self._streams = RowStreams(inner.device, "fresh", seed, smoothing.name)
 
     @torch.no_grad()
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
         """Answer rows float32 [n,C,H,W] in [0, 1], each by a vote; an abstention is REJECTED, with label -1 and scores NaN."""
         ballots, answered = self._ballots(rows, accounts)
-        self.classes = self.inner.classes
         k = self.classes or int(ballots.max()) + 1
         votes = one_hot(ballots.clamp_min(0), k).mul_(answered[..., None]).sum(dim=1)
         leading = votes.topk(min(2, k), dim=1)
@@ -98,28 +94,18 @@ class SmoothedBox(BlackBox):
         """The labels that n noisy copies of each row get, int64 [rows, n], and which of them were answered."""
         chosen, n = self._smoothing, self._smoothing.n
         labels, status = [], []
-        for row, account in zip(rows, accounts.tolist(), strict=True):
-            copies = row.new_empty(n, *row.shape).normal_(std=chosen.sigma, generator=self._stream(account)).add_(row)
+        for row, account, noise in zip(rows, accounts.tolist(), self._streams.open(rows, accounts), strict=True):
+            copies = row.new_empty(n, *row.shape).normal_(std=chosen.sigma, generator=noise).add_(row)
             if chosen.clip or self.levels is not None:
                 copies.clamp_(0, 1)
             if self.levels is not None:  # rows travel on a grid: rounding is a part of what is smoothed
                 copies.mul_(self.levels - 1).round_().div_(self.levels - 1)
             for part in copies.split(chosen.batch):
-                answer = self.inner.answer(part, torch.full((len(part),), account))
+                answer = self._inner_answer(part, torch.full((len(part),), account))
                 labels.append(answer.labels)
                 status.append(answer.status)
         shape = (len(rows), n)
         return torch.cat(labels).view(shape), torch.cat(status).view(shape) == ANSWERED
-
-    def describe(self) -> dict[str, object]:
-        """What a result must record: the model behind, the smoothing, and that a query costs n rows of the model."""
-        options = self._smoothing.options()
-        return {**super().describe(), "options": options, "inner_rows": options["n"], "inner": self.inner.describe()}
-
-    def _stream(self, account: int) -> torch.Generator:
-        if account not in self._streams:
-            self._streams[account] = stream(self.device, self._seed, "smoothing", account)
-        return self._streams[account]
 
 
 def tie(first: Tensor, second: Tensor) -> Tensor:

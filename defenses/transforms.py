@@ -16,7 +16,7 @@ class Outer(BlackBox):
     def __init__(self, inner: BlackBox, recipe: Defense) -> None:
         self.inner: BlackBox = inner
         self.name = f"{inner.name} behind {recipe.name}"
-        self.device, self.input_shape = inner.device, inner.input_shape
+        self.device, self.input_shape, self.levels = inner.device, inner.input_shape, inner.levels
         self.classes, self.scores = inner.classes, inner.scores
         self.stochastic, self.stateful = inner.stochastic, inner.stateful
         self._recipe = recipe

@@ -24,7 +24,7 @@ from robustbox import inputs, setting
 from robustbox.api import load_data
 from robustbox.boxes import as_black_box
 from robustbox.certificates import Certificate, Certifier, certified_share
-from robustbox.config import explained, spelled_out
+from robustbox.config import canonical, explained, spelled_out
 from robustbox.errors import InputError, ModelError
 from robustbox.evaluator import undefended
 from robustbox.folder import environment
@@ -105,9 +105,9 @@ def parse(words: list[str]) -> CertifyConfig:
     )
     parser.add_class_arguments(CertifyConfig, None)
     switches = {f"--{f.name}" for f in fields(CertifyConfig) if f.type == "bool"}
-    plain = [word.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else word for word in words]
+    words = spelled_out([canonical(word) for word in words], switches)
     try:
-        return CertifyConfig(**parser.parse_args(spelled_out(plain, switches)).as_dict())
+        return CertifyConfig(**parser.parse_args(words).as_dict())
     except argparse.ArgumentError as error:
         raise explained(error, parser) from None
 

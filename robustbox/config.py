@@ -107,7 +107,7 @@ def parse(argv: Sequence[str]) -> Command:
     Raises:
         InputError: an unknown option or name (with the nearest ones), a value of the wrong type, a bad config file.
     """
-    words = [_canonical(word) for word in argv]
+    words = [canonical(word) for word in argv]
     factories = {kind: _factory(kind, name) for kind, name in _peek(words).items() if name is not None}
     parser = _parser(factories)
     words = spelled_out(words, _switches(factories))
@@ -177,8 +177,8 @@ def _meanings(factory: Factory) -> dict[str, str]:
     return {each.arg_name: " ".join((each.description or "").split()) for params in documented for each in params}
 
 
-def _canonical(word: str) -> str:
-    """An option as the parser spells it: underscores for hyphens, `attack_options.x` for `attack.x`."""
+def canonical(word: str) -> str:
+    """A word as the parsers spell it: an option with underscores for hyphens, and `attack_options.x` for `attack.x`."""
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")

@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser
 from robustbox import inputs, registry
 from robustbox.api import load_data
 from robustbox.boxes import as_black_box
-from robustbox.config import add_options, explained, spelled_out
+from robustbox.config import add_options, canonical, explained, spelled_out
 from robustbox.defense_file import write_defense
 from robustbox.errors import InputError, ModelError
 from robustbox.folder import environment
@@ -98,7 +98,7 @@ def parse(words: list[str]) -> tuple[DefendConfig, Trainer]:
     parser.add_class_arguments(DefendConfig, None)
     add_options(parser, factory, "", f"options of {words[0]}")
     switches = {f"--{f.name}" for kind in (DefendConfig, factory) for f in fields(kind) if f.type in ("bool", bool)}
-    plain = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words[1:]]
+    plain = [canonical(word) for word in words[1:]]
     try:
         given: dict[str, Any] = parser.parse_args(spelled_out(plain, switches)).as_dict()
     except argparse.ArgumentError as error:

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import ipaddress
 import logging
-import re
 import signal
 import socket
 import sys
@@ -26,7 +25,7 @@ from jsonargparse import ArgumentParser
 from robustbox import inputs, registry
 from robustbox.accounts import Accounts, read_tokens
 from robustbox.boxes import as_black_box
-from robustbox.config import add_options, explained, spelled_out
+from robustbox.config import add_options, canonical, explained, spelled_out
 from robustbox.defense_file import is_file
 from robustbox.errors import InputError
 from robustbox.worker import log
@@ -93,8 +92,7 @@ def parse(words: list[str]) -> ServeConfig:
     Raises:
         InputError: an unknown option or name, or a value of the wrong type.
     """
-    words = [re.sub(r"^--defense\.", "--defense_options.", word) for word in words]
-    words = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
+    words = [canonical(word) for word in words]
     parser = ArgumentParser(
         prog=PROGRAM, description=(__doc__ or "").partition("\n")[0], exit_on_error=False, allow_abbrev=False
     )

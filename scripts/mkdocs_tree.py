@@ -24,8 +24,8 @@ PARTS = {
 }
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Bring the four code folders together as one package, and complete the menu."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Bring the four code folders together as one package: before any plug-in looks where the code is."""
     shutil.rmtree(TREE, ignore_errors=True)
     for package in PARTS.values():  # copies: the reader of docstrings takes a link for what it points to
         name = package.removeprefix("robustbox").removeprefix(".")
@@ -33,6 +33,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         (TREE / name).mkdir(parents=True, exist_ok=True)
         for path in source.glob("*.py"):
             shutil.copyfile(path, TREE / name / path.name)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Complete the menu."""
     nav: list[Any] = config.nav or []
     known = str(nav)
     pages = sorted(path.name for path in Path(config.docs_dir).glob("*.md") if f"'{path.name}'" not in known)

@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from robustbox import registry
-from robustbox.defense_file import is_file
+from robustbox.defense_file import takes_options
 from robustbox.errors import InputError, unknown_name
 from robustbox.protocol import Norm
 
@@ -46,8 +46,8 @@ class AttackConfig:
             or a list with one class an image; default: untargeted.
         budget: queries (rows) that each image may cost.
         total_budget: queries that all images together may cost; default: no such limit.
-        defense: a name (see --list), a file that robustbox.defend wrote, or a list, outermost first. Options of a single
-            name are --defense.NAME.
+        defense: a name (see --list), a file that robustbox.defend wrote, or a list, outermost first. Options of the only
+            name beside files are --defense.NAME.
         knowledge: what the attacker sees of an answer: label, top-K (as top-5), score or logit; default: the least that
             the attack needs.
         levels: round queries to so many grey levels before the model sees them: 256 for an API that takes 8-bit images.
@@ -200,7 +200,7 @@ def spelled_out(words: list[str], switches: set[str]) -> list[str]:
 
 
 def _peek(words: list[str]) -> dict[str, str | None]:
-    """Which attack and which single defense are chosen: their options are part of the grammar."""
+    """The attack, and the defense that takes options: these are part of the grammar."""
     peek = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
     )
@@ -212,12 +212,8 @@ def _peek(words: list[str]) -> dict[str, str | None]:
         raise InputError(str(error)) from None
     chosen: dict[str, Any] = {"attack": AttackConfig.attack, "defense": None}
     chosen |= _read(given.pop("config", None)) | given
-    return {kind: chosen[kind] if _is_single(chosen[kind]) else None for kind in _OPTIONS}
-
-
-def _is_single(name: object) -> bool:
-    # A defense's file carries its own options.
-    return isinstance(name, str) and not name.startswith("[") and name not in ("null", "none") and not is_file(name)
+    attack = chosen["attack"]
+    return {"attack": attack if isinstance(attack, str) else None, "defense": takes_options(chosen["defense"])}
 
 
 def _read(path: str | None) -> dict[str, Any]:

@@ -24,6 +24,20 @@ def is_file(name: object) -> bool:
     return isinstance(name, str) and name.endswith(SUFFIX)
 
 
+def takes_options(defense: object) -> str | None:
+    """The name that options of a defense go with: the only one in its chain, since a file carries its own; else None.
+
+    Args:
+        defense: a name, a list of names, or such a list as text (`[smoothing, zo.safetensors]`), as command lines take it.
+    """
+    if isinstance(defense, str) and defense.startswith("["):
+        defense = [word.strip(" '\"") for word in defense.strip("[] ").split(",")]
+    chain = list(defense) if isinstance(defense, list | tuple) else [defense]
+    open_ones = [each for each in chain if not is_file(each)]
+    name = open_ones[0] if len(open_ones) == 1 else None
+    return name if isinstance(name, str) and name not in ("", "null", "none") else None
+
+
 def write_defense(path: Path, defense: Defense, record: Mapping[str, object]) -> None:
     """Write a defense (its name must be registered) with a record of how it was made, whole or not at all."""
     from safetensors.torch import save

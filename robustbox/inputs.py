@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from robustbox import registry
-from robustbox.defense_file import is_file, read_defense
+from robustbox.defense_file import is_file, read_defense, takes_options
 from robustbox.errors import InputError, unknown_name
 from robustbox.identity import sha256
 from robustbox.protocol import NORMS, Attack, BlackBox, Defense, Norm
@@ -137,13 +137,16 @@ def resolve_attack(attack: str | Attack, options: Mapping[str, Any] | None) -> A
 def resolve_defenses(
     defense: str | Defense | Sequence[str | Defense] | None, options: Mapping[str, Any] | None
 ) -> list[Defense]:
-    """The defenses, outermost first; options go with exactly one name."""
+    """The defenses, outermost first; options go with the only name beside files."""
     if defense is None:
         defense = []
     chain = list(defense) if isinstance(defense, Sequence) and not isinstance(defense, str) else [defense]
-    if options and not (len(chain) == 1 and isinstance(chain[0], str) and not is_file(chain[0])):
-        raise InputError("defense_options go with the name of one defense; of several, pass Defense objects")
-    built = [_defense(d, options) if isinstance(d, str) else d for d in chain]
+    own = takes_options(chain)
+    if options and own is None:
+        raise InputError(
+            "defense_options go with the name of one defense, alone or among files; of several, pass Defense objects"
+        )
+    built = [_defense(d, options if d == own else None) if isinstance(d, str) else d for d in chain]
     for item in built:
         if not isinstance(item, Defense):
             raise InputError(f"defense must be a name or a Defense, not {type(item).__name__}")

@@ -8,11 +8,13 @@ print, and weigh kilobytes, where the script of a plotting library would add 4.5
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
 
 from robustbox import pictures
 from robustbox.folder import version
@@ -27,7 +29,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent}
+    environment.filters |= {"number": number, "percent": percent, "code": code}
     environment.globals |= {"version": version(), "share": pictures.share, "heat_map": pictures.heat_map}
     return environment
 
@@ -35,8 +37,8 @@ def _environment() -> Environment:
 def render(template: str, /, **values: Any) -> str:
     """The page that a template (`templates/NAME`) makes of some values.
 
-    Text is escaped. Beside its values a template knows the filters `number` and `percent`, and `share` and `heat_map` of
-    `robustbox.pictures`.
+    Text is escaped. Beside its values a template knows the filters `number`, `percent` and `code`, and of
+    `robustbox.pictures` `share` and `heat_map`.
     """
     return _environment().get_template(template).render(values)
 
@@ -57,6 +59,11 @@ def number(value: float | None, digits: int = 4) -> str:
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
+
+
+def code(text: str) -> Markup:
+    """Text in which what stands in `backticks` is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -26,7 +26,7 @@ from robustbox import inputs, registry
 from robustbox.accounts import Accounts, read_tokens
 from robustbox.boxes import as_black_box
 from robustbox.config import add_options, canonical, explained, spelled_out
-from robustbox.defense_file import is_file
+from robustbox.defense_file import takes_options
 from robustbox.errors import InputError
 from robustbox.worker import log
 
@@ -101,8 +101,7 @@ def parse(words: list[str]) -> ServeConfig:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--defense")
     try:
-        name = peek.parse_known_args(words)[0].defense
-        if name and not name.startswith("[") and not is_file(name):
+        if name := takes_options(peek.parse_known_args(words)[0].defense):
             factory = registry.load("defenses", name)
             add_options(parser, factory, "defense_options.", f"options of defense {name}")
             switches = {f"--defense_options.{f.name}" for f in fields(factory) if f.type in ("bool", bool)}

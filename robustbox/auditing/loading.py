@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from robustbox.defense_file import takes_options
 from robustbox.errors import InputError, unknown_name
 
 from .reading import read
@@ -67,8 +68,8 @@ def _named(spec: AuditSpec) -> AuditSpec:
 def _tidy(entry: DefenseEntry) -> DefenseEntry:
     chain = [entry.defense] if isinstance(entry.defense, str) else list(entry.defense or [])
     chain = [name for name in chain if name != "none"]
-    if entry.options and len(chain) != 1:
-        raise InputError("options of a defense go with exactly one name")
+    if entry.options and takes_options(chain) is None:
+        raise InputError("options of a defense go with exactly one name, alone or among files")
     defense = None if not chain else chain[0] if len(chain) == 1 else chain
     return replace(entry, defense=defense, name=entry.name or "+".join(Path(name).name for name in chain) or "none")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,11 @@ def _defenses(run: Run) -> list[Defense]:
     named = run.config.get("defense") or []
     named = [named] if isinstance(named, str) else named
     if any(is_file(each) for each in named):
-        return resolve_defenses(named, None)
+        chain = resolve_defenses(named, run.config.get("defense_options"))
+        said = [recipe["options"] for recipe in run.document["defense"]]
+        if [json.loads(json.dumps(recipe.options())) for recipe in chain] != said:
+            raise InputError(f"{', '.join(filter(is_file, named))}: not the defense that the run had")
+        return chain
     return [resolve_defenses(each["name"], each["options"])[0] for each in run.document["defense"]]
 
 

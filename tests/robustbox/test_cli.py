@@ -133,6 +133,16 @@ def test_printed_config_is_what_a_run_reads(capsys: pytest.CaptureFixture[str], 
     assert parse(words).config.defense_options == {"sigma": 0.1, "clip": False}
 
 
+def test_options_go_with_the_only_name_beside_files() -> None:
+    words = ["--defense", "[smoothing, a.safetensors]", "--defense.n", "7"]
+    config = parse(words).config
+    assert config.defense == ["smoothing", "a.safetensors"]
+    assert config.defense_options["n"] == 7
+    for chain in ("[input-noise, smoothing]", "a.safetensors", "[a.safetensors, b.safetensors]"):
+        with pytest.raises(InputError, match=r"unknown option '--defense.n'"):
+            parse(["--defense", chain, "--defense.n", "7"])
+
+
 def test_hyphens_and_underscores_mean_the_same() -> None:
     hyphens = parse(["--keep-going", "--max-rows", "64", "--total-budget=50", "--dry-run"])
     assert hyphens == parse(["--keep_going", "--max_rows", "64", "--total_budget=50", "--dry_run"])

@@ -123,6 +123,16 @@ def test_a_defense_is_trained_written_read_and_attacked(tmp_path: Path, capsys: 
     assert attack([*options, "--defense", str(path), "--out", str(tmp_path / "run")]) == 0
     result = rb.run_attack("digits-cnn", images[:5], labels[:5], attack="random", budget=20, defense=str(path))
     assert result.meta["defense"] == [{"name": "brighten", "options": {"gain": 0.25}}]
+    chain = ["smoothing", str(path)]
+    smooth = rb.run_attack(
+        *("digits-cnn", images[:2], labels[:2]),
+        attack="random",
+        budget=20,
+        defense=chain,
+        defense_options={"n": 3, "alpha": None},
+    )
+    assert [recipe["name"] for recipe in smooth.meta["defense"]] == ["smoothing", "brighten"]
+    assert smooth.meta["defense"][0]["options"]["n"] == 3
     direct = rb.run_attack("digits-cnn", images[:5], labels[:5], attack="random", budget=20, defense=defense)
     assert result.traces == direct.traces
 

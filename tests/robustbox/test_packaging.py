@@ -22,7 +22,6 @@ HEAVY = [
     "scipy",
     "jsonargparse",
     "rich",
-    "plotly",
     "botorch",
     "jinja2",
 ]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from robustbox.pages import number, percent, render
+from robustbox.pages import code, number, percent, render
 from robustbox.pictures import Story, heat_map, image_grid, share, timeline
 from robustbox.plots import LEFT, RIGHT, WIDTH, Scale, Series, curves
 
@@ -91,6 +91,10 @@ def test_every_page_forbids_requests_and_escapes() -> None:
     page = render("base.html")
     assert "default-src 'none'" in page
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)
+
+
+def test_backticks_mean_code_and_text_is_escaped() -> None:
+    assert code("set `eot` > 1, `a<b`; a ` alone") == ("set <code>eot</code> &gt; 1, <code>a&lt;b</code>; a ` alone")
 
 
 def test_numbers_are_short_and_exact_enough() -> None:

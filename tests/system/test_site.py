@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.leaderboard.browser import browsers, opened
+
 pytestmark = pytest.mark.skipif(
     "ROBUSTBOX_DOCS" not in os.environ, reason="takes minutes: set ROBUSTBOX_DOCS=1, as .ci/run does"
 )
 
 
-def test_the_site_builds_without_a_warning_and_asks_no_network(root: Path, tmp_path: Path) -> None:
+def test_the_site_builds_without_a_warning_asks_no_network_and_is_searched_from_disk(
+    root: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(root / "build" / "reference", ignore_errors=True)  # as in a checkout that never built it
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("index", "tutorial", "extending", "reference/attacks", "leaderboard/index"):
-        page = (tmp_path / f"{name}.html").read_text()
+    pages = [tmp_path / f"{name}.html" for name in ("index", "tutorial", "extending", "reference/attacks")]
+    for page in [*pages, tmp_path / "leaderboard" / "index.html"]:
         assert not re.findall(
-            r"<(?:script|img|iframe)[^>]+src=\"(?:https?:)?//|<link[^>]+stylesheet[^>]+href=\"(?:https?:)?//", page
-        ), name
-    assert "robustbox.attacks.cgba.CGBA" in (tmp_path / "reference" / "attacks.html").read_text()
+            r"<(?:script|img|iframe)[^>]+src=\"(?:https?:)?//|<link[^>]+stylesheet[^>]+href=\"(?:https?:)?//",
+            page.read_text(),
+        ), page.name
+    assert "robustbox.attacks.cgba.CGBA" in pages[-1].read_text()
+    for browser in browsers():
+        with opened(browser, tmp_path / "leaderboard" / "index.html"):
+            pass
+        with opened(browser, pages[-1]) as shown:
+            shown.keyboard.press("s")
+            shown.keyboard.type("journal")
+            assert "/journal.html" in str(shown.locator(".md-search-result__link").first.get_attribute("href"))
 
 
 def test_the_tutorial_works_word_for_word(root: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def _cost(
     if same and old.get("cost"):
         return dict(old["cost"])
     runs = (by_hash[a["run"]["results_sha256"]] for threat in entry["threats"] for a in threat["attacks"])
-    return next((found for run in runs if (found := cost(run))), None) if measure else None  # some run has rows to ask
+    return next((found for run in runs if (found := cost(run))), None) if measure else None
 
 
 def _copy_reports(made: Mapping[str, Mapping[str, Any]], by_hash: Mapping[str, Run], out: Path) -> dict[str, str]:

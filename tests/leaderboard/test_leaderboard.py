@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from robustbox import load_data
 from robustbox.attack import main as attack
 from robustbox.leaderboard.__main__ import main
-from robustbox.leaderboard.sources import file_sha256
+from robustbox.leaderboard.rebuild import cost
+from robustbox.leaderboard.sources import file_sha256, find
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,18 @@ def test_the_same_runs_make_the_same_files_and_pages_can_be_made_of_entries_alon
     alone = site.parent / "alone"
     assert main([str(site / "entries"), "--out", str(alone)]) == 0
     assert (alone / "index.html").read_text() == before[site / "index.html"]
+
+
+def test_a_defense_that_stood_on_every_image_has_a_cost(runs: Path, tmp_path: Path) -> None:
+    """No adversarial was found: the images themselves are asked."""
+    shutil.copytree(runs / "gate", tmp_path / "gate")
+    path = tmp_path / "gate" / "adversarials.safetensors"
+    save_file({"adversarials": torch.full_like(load_file(path)["adversarials"], torch.nan)}, path)
+    (run,) = find([tmp_path]).runs
+    found = cost(run)
+    assert found is not None
+    assert found["passes_per_query"] == 1
+    assert found["milliseconds_per_query"] > 0
 
 
 @pytest.mark.parametrize("name", ["digits-cnn", "digits-cnn+blacklight", "digits-cnn+input-noise"])

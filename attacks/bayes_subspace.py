@@ -14,7 +14,8 @@ confidence bound (`ucb`). Objectives:
 label     The paper's: f = -1 where the label is not the wanted one, 0 where it is. **It never informs the process.** Until
           the first success every observation is -1, and at the first success the attack is over: the prediction is -1
           everywhere, `ei` and `ucb` go where the variance is highest, `poi` and `pm` are constant. Whatever the model answers,
-          the queries are the same: a space-filling design in the subspace, no better than the controls `random` and `sobol`.
+          the queries are the same: a space-filling design in the subspace, no better than the controls `random` and `sobol`,
+          beside which the report of the audit configs/bayes-subspace.yaml shows it.
 margin    f = log p(best wanted class) - log p(best other class), from the scores. The default where scores are granted.
 distance  f = epsilon / r(z), where r is the radius at which the ray along T(z) enters the goal; f >= 1 is a success. From
           labels: a query at radius epsilon / t tells whether f(z) > t. Asked at the prediction itself (t = mean, at most 1),
@@ -39,9 +40,9 @@ Deviations from the paper beside the informative objectives:
   observed: the same without noise, and no lucky draw of a stochastic model stands in the way of better points.
 - Every row that succeeds ends the attack, in the initial design too.
 
-Query cost: `initial` rows, then 1 row a step; `distance` spends the first 15 steps on random directions to learn the scale of
-f. The controls ask `initial` rows at a time. A step with n observations in d dimensions takes O(n^2 + n d) of our own time;
-n is at most 500, beyond which the oldest observations are forgotten.
+Query cost: `initial` + s rows after s steps; `distance` spends the first 15 steps on random directions to learn the scale of
+f. The controls: `initial` q rows after q queries. A step with n observations in d dimensions takes O(n^2 + n d) of our own
+time; n is at most 500, beyond which the oldest observations are forgotten.
 """
 
 from __future__ import annotations
@@ -91,8 +92,9 @@ class BayesSubspace(Attack):
             that there are about a hundred dimensions.
         objective: label (the paper's, blind), margin (needs scores) or distance (labels, learns from radii beyond epsilon);
             default: margin where scores are granted, else distance.
-        acquisition: ei, ucb, poi or pm (pm only exploits, poi nearly so); random and sobol are controls that search the
-            same subspace without a process.
+        acquisition: expected improvement (ei), upper confidence bound (ucb), probability of improvement (poi) or posterior
+            mean (pm); pm only exploits, poi nearly so. random and sobol (a low-discrepancy sequence) are the blind controls:
+            the same subspace without a process.
         initial: rows of the initial design; rows a query of the controls.
         signs: in linf, move every value by epsilon up or down, as the paper's `discrete`; else by up to epsilon.
         beta: weight of the variance in ucb.

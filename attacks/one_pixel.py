@@ -53,7 +53,8 @@ class OnePixel(Attack):
         preset: paper (rand1, F 0.5, normal start) or best1 (best1, dithered F, Latin hypercube start).
         population: individuals P; a generation costs as many rows.
         generations: generations after the first population; default: 100 for paper, 75 for best1.
-        loss: probability (of the true or target class, as in the paper) or margin (difference of log-probabilities).
+        loss: probability (of the true or target class, as in the paper), cross-entropy (its logarithm) or margin (difference
+            of log-probabilities to the best other class).
     """
 
     name: ClassVar[str] = "one-pixel"

@@ -50,7 +50,8 @@ class OnePixelFast(Attack):
         palette: values that a channel may take, evenly spaced from 0 to 1.
         patience: rows without any gain after which a pixel is placed and another one searched; with several pixels.
         batch: rows asked at a time.
-        loss: margin (difference of log-probabilities) or probability (of the true or target class).
+        loss: margin (difference of log-probabilities to the best other class), probability (of the true or target class) or
+            cross-entropy (its logarithm).
     """
 
     name: ClassVar[str] = "one-pixel-fast"

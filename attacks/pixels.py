@@ -32,7 +32,8 @@ Colours = Literal["uniform", "corners"]
 class RandomPixels(Attack):
     """Random pixels in random colours: the blind control of `one-pixel`, on labels alone.
 
-    Rows are independent draws with exactly `pixels` changed pixels. It ends at the first success. Cost: `batch` rows a query.
+    Rows are independent draws with exactly `pixels` changed pixels. It ends at the first success. Query cost: `batch` * q
+    rows after q queries.
 
     Args:
         pixels: how many pixels to change; default: as many as epsilon allows, or 1.
@@ -77,7 +78,7 @@ class PixelExhaustive(Attack):
     differ from the farthest in one channel, and so on. A corner that is the pixel's own colour is left out. It ends at the
     first success. Not an upper bound of what one pixel can do: colours inside the cube are not tried.
 
-    Cost: at most H W 2^C rows, 8,192 on CIFAR-10 and 1,568 on MNIST; `batch` rows a query.
+    Query cost: at most H W 2^C rows, 8,192 on CIFAR-10 and 1,568 on MNIST; `batch` rows a query.
 
     Args:
         batch: rows asked at a time.

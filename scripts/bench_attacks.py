@@ -1,13 +1,17 @@
 """Every attack beside its blind control and its peers: one table a threat model, all through the same oracle.
 
-    python scripts/bench_attacks.py                                        50 images, 2000 queries each: about two hours
+    python scripts/bench_attacks.py                                        50 images, 5000 queries each: hours
     python scripts/bench_attacks.py --images 20 --budget 1000 --only l2 --sides cgba surfree
     python scripts/bench_attacks.py --markdown                             what is done so far, as tables for docs/
 
 The images are the first N of the real CIFAR-10 file that the ResNet-20 of the data folder classifies correctly (`imagenet-l2`:
 of the 224 x 224 sample, with EfficientNet-Lite0). A cell is the median distance after so many queries (a failure counts as
 infinite), or, at a fixed radius, how many images succeeded by then. Every finished side is kept in --out, and a run goes on
-where another one stopped; sides of one threat model that several processes measured at once have no comparable rows/s.
+where another one stopped.
+
+Rows/s are rows a second of processor time, summed over threads, each side alone, all images at once: the side's own time, the
+engine's and the model's. In brackets, by how many rows the model answers a processor second by itself in batches of 32, just
+before and just after the side: 1 would be an attack that costs nothing. Compare these shares; the speeds depend on the machine.
 
 Peers are other people's code, unchanged: foolbox by our own adapter; ART 1.20.1 and torchattacks 3.5.1 are installed without
 their dependencies into build/peers, where only this script looks. Their rows pass our oracle as an attack's do, within the
@@ -21,6 +25,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -123,7 +128,14 @@ def contests() -> dict[str, Contest]:
         "bayes-subspace label (paper)": ours("bayes-subspace", objective="label"),
         "its control: random in the subspace": ours("bayes-subspace", acquisition="random"),
         "its control: sobol in the subspace": ours("bayes-subspace", acquisition="sobol"),
+        "hop-skip-jump": ours("hop-skip-jump"),
+        "geoda": ours("geoda"),
         "random (control)": ours("random"),
+        "foolbox HopSkipJump, 30 evaluations": ours(
+            "foolbox:HopSkipJumpAttack", initial_gradient_eval_steps=30, constraint="linf"
+        ),
+        "ART HopSkipJump, 30 evaluations": art("HopSkipJump", norm=np.inf, max_iter=1000, init_eval=30),
+        "ART GeoDA": art("GeoDA", norm=np.inf, max_iter=4000),
     }
     scores = {
         "square": ours("square"),
@@ -294,14 +306,30 @@ def inputs(data: str, n: int) -> tuple[nn.Module, Tensor, Tensor]:
 def measure(contest: Contest, side: str, args: argparse.Namespace) -> dict[str, Any]:
     """One side's run, as plain JSON values."""
     model, images, labels = inputs(contest.data, args.images)
+    attack = contest.sides[side]()
     setting = {"epsilon": contest.epsilon, "budget": args.budget, "knowledge": contest.knowledge, "seed": args.seed}
-    result = run_attack(model, images, labels, contest.sides[side](), contest.norm, **setting)
+    before, start = speed(model, images), time.process_time()
+    result = run_attack(model, images, labels, attack, contest.norm, **setting)
+    spent = time.process_time() - start
     return {
         "traces": result.traces,
         "queries": result.queries.tolist(),
-        "rows_per_second": result.meta["rows_per_second"],
+        "rows_per_processor_second": sum(result.ledger.values()) / spent,
+        "model_rows_per_processor_second": (before + speed(model, images)) / 2,
         "errors": [error for error in result.errors if error],
     }
+
+
+def speed(model: nn.Module, images: Tensor, size: int = 32, seconds: float = 1.0) -> float:
+    """Rows that a model answers a processor second by itself, in batches of `size`, measured for `seconds`."""
+    batch, rows = images.repeat(-(-size // len(images)), 1, 1, 1)[:size], 0
+    with torch.no_grad():
+        model(batch)
+        start = time.process_time()
+        while (spent := time.process_time() - start) < seconds:
+            model(batch)
+            rows += size
+    return rows / spent
 
 
 def row(side: str, run: dict[str, Any], epsilon: float | None, marks: list[int]) -> list[str]:
@@ -319,13 +347,14 @@ def row(side: str, run: dict[str, Any], epsilon: float | None, marks: list[int])
     else:
         cells = [str(sum(query <= mark for query in first)) for mark in marks]
     errors = f" ({len(run['errors'])} errors)" if run["errors"] else ""
+    rate = run["rows_per_processor_second"]
     return [
-        side,
+        side + errors,
         f"{hits} of {n} ({low:.0%}-{high:.0%})",
         *cells,
         f"{median(first):,.0f}",
         f"{np.mean(run['queries']):,.0f}",
-        f"{run['rows_per_second']:,.0f}{errors}",
+        f"{rate:,.0f} ({rate / run['model_rows_per_processor_second']:.2f})",
     ]
 
 
@@ -349,7 +378,7 @@ def main() -> None:
     everything = contests()
     parser = argparse.ArgumentParser(description="Every attack beside its control and its peers.")
     parser.add_argument("--images", type=int, default=50)
-    parser.add_argument("--budget", type=int, default=2000)
+    parser.add_argument("--budget", type=int, default=5000)
     parser.add_argument("--only", nargs="+", choices=list(everything), default=list(everything))
     parser.add_argument("--sides", nargs="+", help="these sides alone")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Bayesian search in a subspace beside its blind controls: success within 10, 50, 100 and 200 queries, on real networks.
+"""Bayesian search in a subspace beside its blind controls: success within 10, 50, 100, 200, ... queries, on real networks.
 
     python scripts/bench_bayes.py                      every objective and acquisition in every setting; resumes --out
     python scripts/bench_bayes.py --quick              10 images, expected improvement only
@@ -45,7 +45,7 @@ SETTINGS = (
     "cifar10:l2:0.5",
     "cifar10:l2:1.0",
 )
-QUERIES = (10, 50, 100, 200)
+QUERIES = (10, 50, 100, 200, 500, 1000)
 OBJECTIVES = ("label", "margin", "distance")
 ACQUISITIONS = ("ei", "poi", "pm", "ucb")
 

@@ -399,3 +399,9 @@ def test_breaks_what_the_enumeration_breaks_and_more_with_more(digits: tuple[Any
     assert fast >= corners  # the palette holds the corners
     assert len(three) > len(de)
     assert len(tiny) < len(de)
+
+
+def test_twice_the_rows_never_break_fewer_beyond_noise(digits: tuple[Any, Tensor, Tensor]) -> None:
+    once = rate(digits, OnePixel(population=100, generations=4), 10**5)
+    for attack in (OnePixel(population=100, generations=9), OnePixel(population=200, generations=4)):
+        assert len(rate(digits, attack, 10**5)) >= max(len(once) - 2, 1)

@@ -234,7 +234,8 @@ def _fragile(images: Tensor, labels: Tensor) -> nn.Module:
     return model.eval()
 
 
-def test_on_a_fragile_model_the_order_is_the_papers(real_data: Path) -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_on_a_fragile_model_the_order_is_the_papers(real_data: Path, seed: int) -> None:
     """At equal rows, under one noise draw of sigma 0.5: undefended < ZO-DS < ZO-AE-DS, and the control < ZO-AE-DS."""
     data = np.load(real_data / "mnist_test_dev.npz")
     images, labels = torch.from_numpy(data["images"]).float()[:, None] / 255, torch.from_numpy(data["labels"]).long()
@@ -257,7 +258,7 @@ def test_on_a_fragile_model_the_order_is_the_papers(real_data: Path) -> None:
         "ae-ds": {"estimator": "cge", "rate": 2e-3},
     }.items():
         extra = {} if name == "ds" else {"autoencoder": "mnist-32"}
-        defense, _ = trained(box, (own, truth.tolist()), seed=1, **{**common, **extra, **options})
+        defense, _ = trained(box, (own, truth.tolist()), seed=seed, **{**common, **extra, **options})
         found[name] = accuracy(defense.wrap(box, 0))
     assert undefended + 0.1 < found["ds"] < found["ae-ds"] - 0.1
     assert found["ae-only"] + 0.03 < found["ae-ds"]

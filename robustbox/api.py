@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustbox import inputs, registry
 from robustbox.boxes import as_black_box
-from robustbox.contest import Contest, Rules
+from robustbox.contest import Contest
 from robustbox.errors import InputError, ModelError
 from robustbox.evaluator import undefended
 from robustbox.folder import RunFolder, open_run
@@ -20,6 +20,7 @@ from robustbox.journaled import journaled
 from robustbox.loop import Progress
 from robustbox.oracle import Oracle, check_knowledge
 from robustbox.protocol import Attack, BlackBox, Defense
+from robustbox.provenance import Rules
 from robustbox.report import write_report
 from robustbox.results import AttackResult
 

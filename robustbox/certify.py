@@ -25,9 +25,9 @@ from robustbox.api import load_data
 from robustbox.boxes import as_black_box
 from robustbox.certificates import Certificate, Certifier, certified_share
 from robustbox.config import canonical, explained, spelled_out
+from robustbox.environment import environment
 from robustbox.errors import InputError, ModelError
 from robustbox.evaluator import undefended
-from robustbox.folder import environment
 from robustbox.identity import sha256
 from robustbox.oracle import Oracle
 from robustbox.statistics import wilson

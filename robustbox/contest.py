@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,34 +12,18 @@ from torch import Tensor
 
 from robustbox.errors import InputError
 from robustbox.evaluator import Verdicts, clerk, draws, judge, quiet, share_reached, undefended
-from robustbox.folder import environment
 from robustbox.goals import goal
 from robustbox.identity import derive_seed, sha256, stream
 from robustbox.inputs import check_labels
-from robustbox.journaled import digest
 from robustbox.loop import Progress, QueryLoop
 from robustbox.oracle import Oracle
-from robustbox.protocol import Attack, Defense, Norm, Task
+from robustbox.protocol import Attack, Defense, Task
+from robustbox.provenance import Rules, config_of, identity_of, meta_of
 from robustbox.records import Record, inside
 from robustbox.results import AttackResult
 
 _FUSED = 32
 """Rows a pass of the clean check, before the loop has learnt a better size."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """The threat model of a contest, checked: what `run_attack` was asked for."""
-
-    norm: Norm
-    epsilon: float | None
-    budget: int
-    total_budget: int | None
-    keep_going: bool
-    max_rows: int | Literal["auto"]
-    seed: int
-    eot: int
-    accounts: int | None
 
 
 class Contest:
@@ -96,35 +79,6 @@ class Contest:
         twice = 0 if bare.box is self.oracle.box else draws(bare)
         thrice = 0 if self._still.box in (bare.box, self.oracle.box) else draws(self._still)
         return {"attack": attack, "verify": n * (2 * draws(self.oracle) + twice + thrice)}
-
-    def config(self) -> dict[str, Any]:
-        """The contest under the names of the command line's options, as far as names can tell."""
-        meta = self.meta()
-        same = [
-            "norm",
-            "epsilon",
-            "budget",
-            "total_budget",
-            "knowledge",
-            "levels",
-            "seed",
-            "keep_going",
-            "eot",
-            "accounts",
-        ]
-        defenses = [recipe["name"] for recipe in meta["defense"]]
-        return {
-            "model": meta["model"]["name"],
-            "images": len(self.labels),
-            "attack": meta["attack"]["name"],
-            "attack_options": meta["attack"]["options"],
-            "targets": self.targets if meta["targeted"] else None,
-            "defense": defenses or None,
-            **({"defense_options": meta["defense"][0]["options"]} if len(defenses) == 1 else {}),
-            **{name: meta[name] for name in same},
-            "device": str(self.images.device),
-            "max_rows": self.rules.max_rows,
-        }
 
     def check_task(self) -> None:
         """Ask the attack whether it can work on these images at all; no query is spent.
@@ -233,49 +187,19 @@ class Contest:
 
     def meta(self) -> dict[str, Any]:
         """What was run on what, by whom and with which versions: plain JSON values."""
-        oracle, rules, attack_seconds = self.oracle, self.rules, self._seconds["attack"]
-        meta: dict[str, Any] = {
-            "model": undefended(oracle).box.describe(),
-            "defense": [{"name": recipe.name, "options": recipe.options()} for recipe in self.defenses],
-            "attack": {"name": self.attack.name, "options": self.attack.options()},
-            "norm": rules.norm,
-            "epsilon": rules.epsilon,
-            "targeted": self.targets[0] is not None,
-            "budget": rules.budget,
-            "total_budget": rules.total_budget,
-            "knowledge": oracle.knowledge,
-            "levels": oracle.levels,
-            "keep_going": rules.keep_going,
-            "eot": rules.eot,
-            "accounts": rules.accounts,
-            "seed": rules.seed,
-            "stochastic": oracle.box.stochastic,
-            "stateful": oracle.box.stateful,
-            "max_rows": self._fused,
-            "seconds": dict(self._seconds),
-            "rows_per_second": oracle.charged / attack_seconds if attack_seconds else None,
-            "journal": {"sessions": 1, "in_flight": 0} if oracle.journal is None else oracle.journal.summary(),
-            "environment": environment(self.images.device),
-            "images": [
-                {"sha256": name, "label": label, "target": target}
-                for name, label, target in zip(self._hashes, self.labels, self.targets, strict=True)
-            ],
-        }
-        return {key: _plain(value) for key, value in meta.items()}
+        subjects = [
+            {"sha256": name, "label": label, "target": target}
+            for name, label, target in zip(self._hashes, self.labels, self.targets, strict=True)
+        ]
+        return meta_of(self.oracle, self.attack, self.defenses, self.rules, subjects, self._fused, self._seconds)
+
+    def config(self) -> dict[str, Any]:
+        """The contest under the names of the command line's options, as far as names can tell."""
+        return config_of(self.meta(), self.rules)
 
     def identity(self) -> dict[str, Any]:
         """What the queries depend on: runs that differ in it are different runs."""
-        chance = ("stochastic", "stateful", "max_rows", "seconds", "rows_per_second", "journal", "environment")
-        meta = {key: value for key, value in self.meta().items() if key not in chance}
-        model = {key: value for key, value in meta["model"].items() if key not in ("traffic", "batch", "concurrency")}
-        pool = None if self.pool is None else digest(*self.pool).hex()
-        return {
-            **meta,
-            "model": model,
-            "max_rows": self.rules.max_rows,
-            "device": self.images.device.type,
-            "pool": pool,
-        }
+        return identity_of(self.meta(), self.rules, self.pool)
 
     def _adversarials(self) -> Tensor:
         """The best row of each image that has one inside the ball, [N,C,H,W]; NaN for the others."""
@@ -289,16 +213,3 @@ class Contest:
         now = self.oracle.clock()
         self._seconds[phase] += now - self._clock
         self._clock = now
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON can hold it; what it cannot hold is named."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, str):
-        return str(value)  # plain, also of torch's own kind of string
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -25,8 +25,8 @@ from robustbox.api import load_data
 from robustbox.boxes import as_black_box
 from robustbox.config import add_options, canonical, explained, spelled_out
 from robustbox.defense_file import write_defense
+from robustbox.environment import environment
 from robustbox.errors import InputError, ModelError
-from robustbox.folder import environment
 from robustbox.identity import sha256
 from robustbox.oracle import Oracle
 from robustbox.trainer import Trainer, Workshop, silent

@@ -10,13 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import sys
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -25,7 +21,6 @@ from robustbox.errors import InputError, StorageError
 from robustbox.journal import Journal
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from robustbox.results import AttackResult
@@ -33,7 +28,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """The version of results.json; it changes when a field changes its meaning or goes."""
 CONFIG, JOURNAL, RESULTS, ADVERSARIALS = "config.yaml", "journal.sqlite", "results.json", "adversarials.safetensors"
-_PACKAGES = ("torchvision", "timm", "numpy", "scipy", "safetensors", "foolbox")
 
 
 class RunFolder:
@@ -220,48 +214,6 @@ def document_of(result: AttackResult, complete: bool = True) -> dict[str, Any]:
         "images": images,
     }
     return finite(document)  # type: ignore[no-any-return]
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware that a result depends on. It names no machine and no person."""
-    import torch
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "robustbox": version(),
-        "python": platform.python_version(),
-        "packages": {"torch": torch.__version__, **{package: _version_of(package) for package in _PACKAGES}},
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-        "device_name": name,
-    }
-
-
-def version() -> str:
-    """The version of robustbox; a checkout speaks for itself."""
-    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
-    if project.is_file():
-        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
-    return metadata.version("robustbox")
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """The processor's model, as far as the system tells."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _yaml(config: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup, escape
 
 from robustbox import pictures
-from robustbox.folder import version
+from robustbox.environment import version
 
 
 @cache

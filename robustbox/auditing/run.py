@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import yaml
 
+from robustbox.environment import environment
 from robustbox.errors import InputError
-from robustbox.folder import environment, finite, replace_file
+from robustbox.folder import finite, replace_file
 
 from .cells import Cell, Executor, Outcome, Watch, in_turn, read_cell, read_failure, run_cell
 from .certificates import certifications

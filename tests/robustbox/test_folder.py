@@ -13,8 +13,9 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from robustbox.environment import environment
 from robustbox.errors import InputError
-from robustbox.folder import environment, open_run, read_run
+from robustbox.folder import open_run, read_run
 from robustbox.results import AttackResult
 from tests.schema import check_document
 

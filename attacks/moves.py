@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
+from robustbox.distances import distance
 from robustbox.protocol import ANSWERED, Answer, Knob, Query, Task
 
 from .noise import Noise
@@ -21,6 +22,8 @@ from .subspaces import Sampler
 ROW_BYTES = 64 * 2**20
 """Memory of one query's rows: 111 rows of 3 x 224 x 224."""
 MAX_HALVINGS = 50
+WIDER, NARROWER = 1.6, 2.5
+"""Factors between the angles tried while an arc search has found no bracket."""
 OUTWARD = 5
 """Doublings of the steps by which `hold` goes outward, from 1/32 of the way to the end."""
 
@@ -73,6 +76,56 @@ def bisect_line(task: Task, end: Tensor, tolerance: float) -> Generator[Query, A
 
     share = yield from bisect_arc(task, line, 1.0, 0.0, tolerance / length)
     return line(share) if share < 1 else end
+
+
+def furthest(
+    task: Task, path: Callable[[float], Tensor], guess: float, end: float, tolerance: float
+) -> Generator[Query, Answer, tuple[float, float]]:
+    """How far one can go on a path, from a point 0 that reaches the goal towards an end that does not.
+
+    The guess is tried first, then points further on or nearer until there is one of each kind, and then the middle.
+
+    Returns:
+        The furthest point found good, 0 where none was, and the guess for the next time.
+
+    Cost: at most `MAX_HALVINGS` rows, usually 4 to 6; a row that is not answered ends it.
+    """
+    good, bad = 0.0, end
+    for _ in range(MAX_HALVINGS):
+        if bad - good <= tolerance:
+            break
+        if good and bad == end:
+            at = min(good * WIDER, (good + end) / 2)
+        elif good:
+            at = (good + bad) / 2
+        else:
+            at = min(guess, 0.8 * end) if bad == end else bad / NARROWER
+        answer = yield Query(path(at), "line")
+        if task.reached_any(answer):
+            good = at
+        elif answer.status.any():
+            break
+        else:
+            bad = at
+    return good, max(good or guess / 2, 4 * tolerance)
+
+
+def inward(task: Task, end: Tensor, guess: float, tolerance: float) -> Generator[Query, Answer, tuple[Tensor, float]]:
+    """From a point that reaches the goal [1,C,H,W] towards the source: straight in l2, by a shrinking ball in linf.
+
+    Returns:
+        The nearest point found good, and the share of the way that it went, for the next time.
+    """
+    image = task.image
+    radius = float(distance(end - image, task.norm))
+
+    def path(share: float) -> Tensor:
+        if task.norm == "l2":
+            return torch.lerp(end, image, share)
+        return end.clamp(image - (1 - share) * radius, image + (1 - share) * radius)
+
+    share, guess = yield from furthest(task, path, guess, 1.0, tolerance)
+    return (path(share) if share else end), guess
 
 
 def hold(task: Task, point: Tensor, end: Tensor | None = None) -> Generator[Query, Answer, Tensor]:

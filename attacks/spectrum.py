@@ -84,11 +84,12 @@ class Evidence:
 
 
 class Spectrum:
-    """The variances of normals, learnt from the evidence of one image, or of all images of a run.
+    """The variances of normals, learnt from the answers at one image, or at all images of a run.
 
-    Each update is a step of Fisher scoring on the logarithms of the factors: under the prior, the mean m_i of a coefficient has
-    E[m_i^2] = w_i^2 (V_i + c_i I_i^2) with its posterior variance w_i and the noise V_i of the evidence. What all groups have
-    in common is left out (the normal's length is known), and an image moves a factor by its own share of the information.
+    The answers of an iteration are taken in once, as they came. (Kept evidence would say of the coefficients that were asked
+    most that they hardly vary: what was known of them lies along the ray by then, along which no noise is sent.) The signs' sum
+    at a coefficient has the variance q s_i (1 + c_i I_i). What the same signs give in other orders, q s_i, is measured and
+    subtracted: clipping to the box takes its share of the noise.
 
     Args:
         like: an image [C,H,W].
@@ -110,7 +111,7 @@ class Spectrum:
         groups = (colour, band.expand(shape), basis.cell.expand(shape))
         self._groups = [(group.flatten(), int(group.max()) + 1) for group in groups]
         self._logs = [torch.zeros(size, device=device) for _, size in self._groups]
-        self._informed: dict[int, list[Tensor]] = {}
+        self._precision = [torch.full_like(log, TRUST) for log in self._logs]
         self._shape = shape
 
     def variances(self) -> Tensor:
@@ -121,20 +122,25 @@ class Spectrum:
         c = self._base * factor.exp_()
         return c / c.sum()
 
-    def enter(self) -> int:
-        """The number of one more image that learns."""
-        self._informed[len(self._informed)] = [torch.zeros_like(log) for log in self._logs]
-        return len(self._informed) - 1
+    def learn(self, total: Tensor, shuffled: Tensor, count: float, noise: Tensor) -> None:
+        """Take in the answers of an iteration: a step of Fisher scoring on the logarithms of the factors.
 
-    def learn(self, image: int, evidence: Evidence) -> None:
-        """Take in the evidence of an image, by its number, in place of what it told before."""
+        What all factors have in common is left out: the normal's length is known.
+
+        Args:
+            total: the sum of signs times noise, [C,H,W].
+            shuffled: that of the same signs in k other orders, [k,C,H,W].
+            count: how many answers they are worth.
+            noise: the noise's variances, [C,H,W].
+        """
         c = self.variances()
-        w = evidence.variances(c)
-        known = (w * evidence.precision).square()
-        expected = (w * w * (evidence.spread + c * evidence.precision.square()) / c).clamp_min_(1e-15)
-        weight = torch.where(evidence.spread > 0, known / (2 * expected.square()), 0.0)
-        score = weight * ((evidence.told * w).square() / c - expected)
-        information = weight * known
+        nothing, (cell, cells) = shuffled.square().mean(0), self._groups[-1]
+        there, asked = (c.new_zeros(cells).index_add_(0, cell, x.flatten()) for x in (nothing, noise * count))
+        noise = noise * (there / asked.clamp_min(1e-9))[cell].view(self._shape)  # what clipping left of it
+        signal = noise * c * (K * K * count / (noise * c).sum())
+        excess = (total.square() - nothing) / (noise * count).clamp_min(1e-9)
+        weight = torch.where(noise > 0, signal / (2 * (1 + signal).square()), 0.0) / (1 + 1 / len(shuffled))
+        score, information = weight * (excess - signal), weight * signal
         score = score - score.sum() / information.sum().clamp_min(1e-9) * information
         for k, (group, size) in enumerate(self._groups):
             if size == 1:
@@ -142,8 +148,5 @@ class Spectrum:
             slope, own = (
                 torch.zeros(size, device=c.device).index_add_(0, group, x.flatten()) for x in (score, information)
             )
-            self._informed[image][k] = own
-            everyone = torch.stack([each[k] for each in self._informed.values()]).sum(0)
-            pull = TRUST * self._logs[k] / len(self._informed)
-            step = ((slope - pull) / (everyone + TRUST)).clamp_(-0.5, 0.5)
-            self._logs[k] = (self._logs[k] + step).clamp_(-3, 3)
+            self._precision[k] += own
+            self._logs[k] = (self._logs[k] + (slope / self._precision[k]).clamp_(-0.5, 0.5)).clamp_(-3, 3)

@@ -25,8 +25,8 @@ reaches the goal, and the ball is shrunk around x until it fails; noise is 0.15 
 Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 5 rows of search (linf 8); the start search
 (`starts.find_start`) and one line search come first.
 
-With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from all images of a
-run together, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.
+With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from the answers at
+all images of a run, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.
 
 It loses where normals are the contrary of the prior (colour without grey, border without middle, the finest frequencies of
 large images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; and it gains
@@ -39,7 +39,7 @@ stochastic, every iteration first asks x_b again and steps outward while it fail
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import ClassVar
@@ -54,7 +54,7 @@ from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Query, Sear
 
 from .cgba import LEVELS_OF_NOISE, semicircle
 from .hop_skip_jump import step
-from .moves import MAX_HALVINGS, ROW_BYTES, hold, probes, radius_knob
+from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob
 from .noise import Noise
 from .spectrum import Evidence, K, Spectrum, water_filling
 from .starts import find_start
@@ -65,12 +65,12 @@ PRECISION = 0.01
 """Bracket at which a search ends, over the distance."""
 DEEP, FINEST = 0.85, 1e-4
 """The share of successes from which on the search is made more precise, and how precise it becomes at most."""
+SHUFFLES = 4
+"""How often the answers are shuffled among their rows, for sums that tell nothing."""
 HORIZON = 3.0
 """The queries shared out over those of one iteration: the evidence of about so many is combined."""
 FIRST, SEARCH = 0.6, 5
 """The first angle tried (radians; on a straight line the share of the way), and the rows that a search usually takes."""
-WIDER, NARROWER = 1.6, 2.5
-"""Factors between the angles tried while an arc search has found no bracket."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class Waterfill(Attack):
         return [self._search(task, common or Spectrum(task.image)) for task in tasks]
 
     def _search(self, task: Task, spectrum: Spectrum) -> Search:
-        knob, number, evidence = radius_knob(task.image), spectrum.enter(), Evidence(task.image)
+        knob, evidence = radius_knob(task.image), Evidence(task.image)
         point = yield from find_start(task)
         if point is None:
             return
-        point, _ = yield from _inward(task, point, FIRST, PRECISION)
+        point, _ = yield from inward(task, point, FIRST, PRECISION)
         guess, scale, precision = FIRST, 1.0, PRECISION
         for t in count(1):
             point = yield from hold(task, point)
@@ -124,24 +124,22 @@ class Waterfill(Attack):
             tolerance = max(sigma / 2 / radius, precision) if task.levels else precision
             rows = max(min(int(self.n0 * math.sqrt(t)), task.remaining - SEARCH), 1)
             evidence.fade(self.memory)
-            share = yield from _ask(task, point, sigma, rows, spectrum, evidence, knob)
+            share = yield from self._ask(task, point, sigma, rows, spectrum, evidence, knob)
             precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, PRECISION)
             if share == 1:  # too deep inside, or on a ridge that noise leaves on both sides
-                point, _ = yield from _inward(task, point, PRECISION, precision)
+                point, _ = yield from inward(task, point, PRECISION, precision)
             scale = max(scale / 2, 1 / 64) if share in (0, 1) else min(scale * 1.5, 1.0)
             if not 0 < share < 1:
                 continue
-            if self.learn:
-                spectrum.learn(number, evidence)
             prior = spectrum.variances()
             normal = spectrum.basis.compose(evidence.mean(prior)[None])
             if task.norm == "linf":
                 end = yield from step(task, point, normal, radius / math.sqrt(t))
                 if end is not None:
-                    point, guess = yield from _inward(task, end, guess, tolerance)
+                    point, guess = yield from inward(task, end, guess, tolerance)
                 continue
             path = semicircle(task.image, point, normal)
-            angle, guess = yield from _furthest(task, path, guess, math.pi / 2, tolerance)
+            angle, guess = yield from furthest(task, path, guess, math.pi / 2, tolerance)
             if angle:
                 before, point = point - task.image, path(angle)
                 now = F.normalize((point - task.image).flatten(), dim=0).view_as(before)
@@ -154,97 +152,54 @@ class Waterfill(Attack):
         sigma = NOISE[task.norm] * radius / (math.sqrt(task.image.numel()) if task.norm == "l2" else 1.0)
         return max(sigma, LEVELS_OF_NOISE / (task.levels - 1)) if task.levels else sigma
 
+    def _ask(
+        self, task: Task, point: Tensor, sigma: float, count: int, spectrum: Spectrum, evidence: Evidence, knob: Knob
+    ) -> Generator[Query, Answer, float]:
+        """Ask `count` noisy points around a boundary point [1,C,H,W] and add what they tell to the evidence.
 
-def _ask(
-    task: Task, point: Tensor, sigma: float, count: int, spectrum: Spectrum, evidence: Evidence, knob: Knob
-) -> Generator[Query, Answer, float]:
-    """Ask `count` noisy points around a boundary point [1,C,H,W] and add what they tell to the evidence.
+        Returns:
+            The share of the answered rows that reached the goal, NaN when there are none. Nothing was added where it is 0 or 1.
 
-    Returns:
-        The share of the answered rows that reached the goal, NaN when there are none. Where it is 0 or 1, nothing was added.
-
-    Cost: `count` rows, in queries of at most `ROW_BYTES`.
-    """
-    basis, prior, generator = spectrum.basis, spectrum.variances(), task.generator
-    rest = evidence.variances(prior)
-    noise = water_filling(rest / rest.sum(), HORIZON * K * K * count)
-    deviation, across = noise.sqrt(), []
-    if task.norm == "l2":
-        ray = point - task.image
-        known = basis.compose(evidence.mean(prior)[None])
-        across = [ray, known - (known * ray).sum() / ray.square().sum() * ray]
-
-    def sample(n: int) -> Tensor:
-        u = basis.compose(torch.randn(n, *noise.shape, generator=generator, device=generator.device) * deviation)
-        for direction in across:
-            part = u.flatten(1) @ direction.flatten() / direction.square().sum().clamp_min(1e-30)
-            u -= part.view(-1, 1, 1, 1) * direction
-        return u
-
-    total, drift, positive, answered = torch.zeros_like(point), torch.zeros_like(point), 0, 0
-    chunk = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
-    for start in range(0, count, chunk):
-        drawn = Noise(generator, sample, min(chunk, count - start), point)
-        answer = yield probes(point, drawn, sigma, sample, knob)
-        scale = sigma if knob.value is None else knob.value / math.sqrt(point.numel())
-        sent = torch.add(point, drawn.get(), alpha=scale).clamp_(0, 1).sub_(point).div_(scale).flatten(1)
-        reached, told = task.reached(answer), answer.status == ANSWERED
-        total += ((2 * reached.float() - told.float()).to(point.device) @ sent).view_as(total)
-        drift += (told.float().to(point.device) @ sent).view_as(drift)
-        positive, answered = positive + int(reached.sum()), answered + int(told.sum())
-        del drawn, sent
-    if 0 < positive < answered:
-        total.sub_(drift, alpha=2 * positive / answered - 1)  # HopSkipJump's eq. 16: less variance
-        left = rest if task.norm == "l2" else prior  # in linf nothing is left out of the noise
-        evidence.add(basis.analyse(total)[0], answered, noise, (noise * left).sum())
-    return positive / answered if answered else math.nan
-
-
-def _furthest(
-    task: Task, path: Callable[[float], Tensor], guess: float, end: float, tolerance: float
-) -> Generator[Query, Answer, tuple[float, float]]:
-    """How far one can go on a path, from a point 0 that reaches the goal towards an end that does not.
-
-    The guess is tried first, then points further on or nearer until there is one of each kind, and then the middle.
-
-    Returns:
-        The furthest point found good, 0 where none was, and the guess for the next time.
-
-    Cost: at most `MAX_HALVINGS` rows, usually 4 to 6; a row that is not answered ends it.
-    """
-    good, bad = 0.0, end
-    for _ in range(MAX_HALVINGS):
-        if bad - good <= tolerance:
-            break
-        if good and bad == end:
-            at = min(good * WIDER, (good + end) / 2)
-        elif good:
-            at = (good + bad) / 2
-        else:
-            at = min(guess, 0.8 * end) if bad == end else bad / NARROWER
-        answer = yield Query(path(at), "line")
-        if task.reached_any(answer):
-            good = at
-        elif answer.status.any():
-            break
-        else:
-            bad = at
-    return good, max(good or guess / 2, 4 * tolerance)
-
-
-def _inward(task: Task, end: Tensor, guess: float, tolerance: float) -> Generator[Query, Answer, tuple[Tensor, float]]:
-    """From a point that reaches the goal [1,C,H,W] towards the source: straight in l2, by a shrinking ball in linf.
-
-    Returns:
-        The nearest point found good, and the share of the way that it went, for the next time.
-    """
-    image = task.image
-    radius = float(distance(end - image, task.norm))
-
-    def path(share: float) -> Tensor:
+        Cost: `count` rows, in queries of at most `ROW_BYTES`.
+        """
+        basis, prior, generator = spectrum.basis, spectrum.variances(), task.generator
+        rest = evidence.variances(prior)
+        noise = water_filling(rest / rest.sum(), HORIZON * K * K * count)
+        deviation, across = noise.sqrt(), []
         if task.norm == "l2":
-            return torch.lerp(end, image, share)
-        return end.clamp(image - (1 - share) * radius, image + (1 - share) * radius)
+            ray = point - task.image
+            known = basis.compose(evidence.mean(prior)[None])
+            across = [ray, known - (known * ray).sum() / ray.square().sum() * ray]
 
-    share, guess = yield from _furthest(task, path, guess, 1.0, tolerance)
-    return (path(share) if share else end), guess
+        def sample(n: int) -> Tensor:
+            u = basis.compose(torch.randn(n, *noise.shape, generator=generator, device=generator.device) * deviation)
+            for direction in across:
+                part = u.flatten(1) @ direction.flatten() / direction.square().sum().clamp_min(1e-30)
+                u -= part.view(-1, 1, 1, 1) * direction
+            return u
+
+        total, drift = point.new_zeros(1 + SHUFFLES, *point.shape[1:]), torch.zeros_like(point)
+        positive, answered = 0, 0
+        chunk = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
+        for start in range(0, count, chunk):
+            drawn = Noise(generator, sample, min(chunk, count - start), point)
+            answer = yield probes(point, drawn, sigma, sample, knob)
+            scale = sigma if knob.value is None else knob.value / math.sqrt(point.numel())
+            told = answer.status == ANSWERED
+            sent = torch.add(point, drawn.get(), alpha=scale).clamp_(0, 1).sub_(point).div_(scale).flatten(1)[told]
+            reached = task.reached(answer)[told]
+            signs = (2 * reached.float() - 1).to(point.device)
+            orders = [torch.randperm(len(signs), generator=generator, device=generator.device) for _ in range(SHUFFLES)]
+            total += (torch.stack([signs, *(signs[order] for order in orders)]) @ sent).view_as(total)
+            drift += sent.sum(0).view_as(drift)
+            positive, answered = positive + int(reached.sum()), answered + len(signs)
+            del drawn, sent
+        if 0 < positive < answered:
+            bias = 2 * positive / answered - 1
+            total.sub_(drift, alpha=bias)  # HopSkipJump's eq. 16: less variance
+            left = rest if task.norm == "l2" else prior  # in linf nothing is left out of the noise
+            sums = basis.analyse(total)
+            evidence.add(sums[0], answered, noise, (noise * left).sum())
+            if self.learn:
+                spectrum.learn(sums[0], sums[1:], answered * (1 - bias * bias), noise)
+        return positive / answered if answered else math.nan

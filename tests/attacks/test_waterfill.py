@@ -67,22 +67,27 @@ def test_few_queries_see_few_coefficients_and_many_see_all() -> None:
     assert seen[-1] == 100
 
 
-def planted(spectrum: Spectrum, keep: Tensor, n: int, signs: int) -> None:
-    """Let n images with unit normals in the coefficients of `keep` [C,H,W] tell `signs` signs each under white noise."""
+def planted(spectrum: Spectrum, keep: Tensor, n: int, signs: int, sent: float | Tensor = 1.0) -> None:
+    """Let n images with unit normals of deviations `keep` [C,H,W] tell `signs` signs each under white noise, `sent` in part."""
     generator = torch.Generator().manual_seed(0)
     white = torch.ones(keep.shape)
-    for number in [spectrum.enter() for _ in range(n)]:
+    for _ in range(n):
         normal = torch.randn(keep.shape, generator=generator) * keep
         normal /= normal.norm()
-        u = torch.randn(signs, *keep.shape, generator=generator)
+        u = torch.randn(signs, *keep.shape, generator=generator) * sent
         s = (u.flatten(1) @ normal.flatten()).sign()
         evidence = Evidence(keep)
-        evidence.add((s @ u.flatten(1)).view(keep.shape), signs, white, torch.tensor(1.0))
-        estimate = evidence.mean(torch.full(keep.shape, 1 / keep.numel()))
-        cosine = float((estimate * normal).sum() / estimate.norm())
-        expected = (K * K * signs / (K * K * signs + keep.numel())) ** 0.5
-        assert cosine == pytest.approx(expected, abs=0.1)  # the density law
-        spectrum.learn(number, evidence)
+        total, *shuffled = (
+            (order @ u.flatten(1)).view(keep.shape)
+            for order in (s, *(s[torch.randperm(signs, generator=generator)] for _ in range(4)))
+        )
+        evidence.add(total, signs, white, torch.tensor(1.0))
+        if isinstance(sent, float):
+            estimate = evidence.mean(torch.full(keep.shape, 1 / keep.numel()))
+            cosine = float((estimate * normal).sum() / estimate.norm())
+            expected = (K * K * signs / (K * K * signs + keep.numel())) ** 0.5
+            assert cosine == pytest.approx(expected, abs=0.1)  # the density law
+        spectrum.learn(total, torch.stack(shuffled), signs, white)
 
 
 def test_a_planted_colour_is_learnt() -> None:
@@ -104,6 +109,15 @@ def test_a_planted_place_is_learnt() -> None:
     before = float((spectrum.variances() * corner).sum())
     planted(spectrum, corner, 15, 300)
     assert float((spectrum.variances() * corner).sum()) > 5 * before
+
+
+def test_noise_that_was_clipped_is_not_taken_for_a_normal_that_does_not_vary() -> None:
+    spectrum = Spectrum(torch.zeros(1, 16, 16))
+    before = spectrum.variances()
+    cell = (spectrum.basis.cell == 5)[None]
+    planted(spectrum, before.sqrt(), 40, 100, torch.where(cell, 0.7, 1.0))
+    after = spectrum.variances()
+    assert 0.6 < float(after[cell].sum() / before[cell].sum()) < 1.4
 
 
 def test_the_arcs_tangent_is_ruled_out() -> None:

@@ -104,9 +104,7 @@ def without() -> dict[str, Side]:
 DCT_2: dict[str, Side] = {"cgba, DCT 2": ("cgba", {"subspace": "dct", "factor": 2})}
 CONTESTS: dict[str, Contest] = {
     "cifar10": Contest("cifar10", 100, 2000, named("cgba", "hop-skip-jump", "tangent", "surfree", "geoda")),
-    "mnist": Contest(
-        "mnist", 50, 1000, named("cgba", "hop-skip-jump") | {"cgba, DCT 2": ("cgba", {"subspace": "dct", "factor": 2})}
-    ),
+    "mnist": Contest("mnist", 50, 1000, named("cgba", "hop-skip-jump") | DCT_2),
     "imagenet": Contest(
         "imagenet", 25, 1000, named("cgba", "hop-skip-jump") | {"cgba, DCT 8": ("cgba", {"factor": 8})}
     ),
@@ -135,7 +133,7 @@ def inputs(data: str, skip: int, n: int) -> tuple[nn.Module, Tensor, Tensor, tup
         labels = torch.tensor([int(Path(name).name[:4]) for name in names])
     elif data == "digits":
         model = load_model("digits-cnn")
-        digits, truth, _ = load_data("digits")
+        digits, truth = load_data("digits")[:2]
         return model, *first(model, torch.as_tensor(digits), torch.as_tensor(truth), skip, n)
     else:
         if data == "zoo":

@@ -1,10 +1,14 @@
 """ZO-AE-DS and its controls on MNIST: certified accuracy before a fragile classifier, and reconstruction under attack.
 
     python scripts/eval_zo_mnist.py classify --seeds 0 1
+    python scripts/eval_zo_mnist.py classify --seeds 0 1 --hardened
     python scripts/eval_zo_mnist.py reconstruct --seeds 0 1
+    python scripts/eval_zo_mnist.py cosine
 
-Both train their own black box on MNIST images 0-5999 and test on images 6000-6000+N. `classify`: a small BatchNorm CNN that one
-noise draw of sigma 0.5 breaks on half of the images; every trained defense asks the same number of oracle rows. `reconstruct`:
+All train their own black box on MNIST images 0-5999 and test on images 6000-6000+N. `classify`: a small BatchNorm CNN that one
+noise draw of sigma 0.5 breaks on half of the images (`--hardened`: the same one trained under that noise, which stands it by
+itself); every trained defense asks the same number of oracle rows. `cosine`: how near the estimates come to the true
+gradient of the loss that trains, at latents and at pixels. `reconstruct`:
 y = A^T x with A [784,576], entries N(0, 1/576), seed 0; the black box is a convolutional auto-encoder that takes A y,
 rescaled to [0, 1], to x; the attack is l2 PGD on its input (40 steps, white box through the whole defense, one
 noise draw a step), and the smoothed output is the mean over 10 draws. Cells that stand in the
@@ -17,6 +21,8 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works uninsta
 from robustbox.boxes import ModuleBox
 from robustbox.certificates import Certifier, certified_share
 from robustbox.defenses.zo_ae_ds import ZOAEDS
+from robustbox.defenses.zo_estimators import CGE, RGE, GradientEstimator, TwoPoint
 from robustbox.defenses.zo_training import ZOTrainer
 from robustbox.identity import stream
 from robustbox.oracle import Oracle
@@ -81,15 +88,22 @@ def reconstructor() -> nn.Module:
     )
 
 
-def fitted(network: nn.Module, inputs: Tensor, goals: Tensor, epochs: int, loss: Any) -> nn.Module:
-    """The network after some epochs of Adam."""
+def classifier(images: Tensor, labels: Tensor, sigma: float) -> nn.Module:
+    """The black box of the classification task, trained under noise of sigma."""
+    torch.manual_seed(0)
+    return fitted(fragile(), images[:6000], labels[:6000], 6, F.cross_entropy, sigma)
+
+
+def fitted(network: nn.Module, inputs: Tensor, goals: Tensor, epochs: int, loss: Any, sigma: float = 0.0) -> nn.Module:
+    """The network after some epochs of Adam, on inputs under noise of sigma."""
     optimizer, order = torch.optim.Adam(network.parameters(), 2e-3), torch.Generator().manual_seed(0)
     for epoch in range(epochs):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * (1 - epoch / epochs)
         for part in torch.randperm(len(inputs), generator=order).split(64):
             optimizer.zero_grad()
-            loss(network.train()(inputs[part]), goals[part]).backward()
+            noise = torch.randn(inputs[part].shape, generator=order) if sigma else 0.0
+            loss(network.train()(inputs[part] + sigma * noise), goals[part]).backward()
             optimizer.step()
     return network.eval()
 
@@ -114,8 +128,8 @@ def trained(box: ModuleBox, images: Tensor, labels: Tensor, cell: dict[str, Any]
 def classify(options: argparse.Namespace, done: dict[str, Any]) -> None:
     """Certified accuracies, cell by cell."""
     images, labels = mnist()
-    torch.manual_seed(0)
-    model = fitted(fragile(), images[:6000], labels[:6000], 6, F.cross_entropy)
+    model = classifier(images, labels, options.sigma if options.hardened else 0.0)
+    kind = "hardened" if options.hardened else "classify"
     test, truth = images[6000 : 6000 + options.images], labels[6000 : 6000 + options.images]
     noise = torch.randn(1000, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -128,7 +142,7 @@ def classify(options: argparse.Namespace, done: dict[str, Any]) -> None:
     common |= {"autoencoder": options.autoencoder}
     for seed in options.seeds:
         for name in options.cells or CELLS:
-            key, cell = f"classify {name} {seed}", CELLS[name]
+            key, cell = f"{kind} {name} {seed}", CELLS[name]
             if key in done:
                 continue
             print(key, flush=True)
@@ -147,7 +161,7 @@ def classify(options: argparse.Namespace, done: dict[str, Any]) -> None:
             keep(options.out, done, key, {"certified": shares, "ledger": ledger, "trend": flat})
     print(f"\n| defense | {' | '.join(f'r = {r}' for r in RADII)} | rows |\n|---|{'---|' * len(RADII)}---|")
     for name in CELLS:
-        cells = [done[f"classify {name} {seed}"] for seed in options.seeds if f"classify {name} {seed}" in done]
+        cells = [done[f"{kind} {name} {seed}"] for seed in options.seeds if f"{kind} {name} {seed}" in done]
         if cells:
             texts = []
             for r in RADII:
@@ -156,6 +170,66 @@ def classify(options: argparse.Namespace, done: dict[str, Any]) -> None:
                 found = " / ".join(f"{each_share['share']:.1%}" for each_share in each)
                 texts.append(f"{found} ({low:.0%} to {high:.0%})")
             print(f"| {name} | {' | '.join(texts)} | {cells[0]['ledger'].get('train', 0)} |")
+
+
+ESTIMATORS: dict[str, GradientEstimator] = {
+    "RGE, q = 20": RGE(q=20),
+    "RGE, q = 100": RGE(q=100),
+    "RGE, q = 192": RGE(q=192),
+    "two-point, m = 96": TwoPoint(m=96),
+    "CGE, forward": CGE(central=False),
+    "CGE": CGE(),
+}
+
+
+def cosine(options: argparse.Namespace, done: dict[str, Any]) -> None:
+    """Cosines of the estimates with the true gradient, at the places and steps of the training; nothing is written."""
+    images, labels = mnist()
+    model = classifier(images, labels, options.sigma if options.hardened else 0.0).requires_grad_(False)
+    test = images[6000 : 6000 + options.images]
+    noisy = test + options.sigma * torch.randn(test.shape, generator=torch.Generator().manual_seed(0))
+    print(
+        "\n| gradient at | d | estimator | rows | cosine, mean (deviation) | on a linear loss |\n|---|---|---|---|---|---|"
+    )
+    for place, cell in (("mnist-32", {}), ("mnist-192", {}), ("pixels", {"variant": "ds"})):
+        shared = {"sigma": options.sigma, "rows": options.rows, "depth": 3, "width": 8, "ae_epochs": options.ae_epochs}
+        both = {"variant": "ae-only", "autoencoder": place} if not cell else None
+        guard = (
+            trained(ModuleBox(model), images[:6000], labels[:6000], {**shared, **both}, 0)[0].guard if both else None
+        )
+        with torch.no_grad():
+            answer = model(test).argmax(1)
+            latent = noisy if guard is None else guard.latent(noisy)
+        z, shape = latent.flatten(1), latent.shape[1:]
+
+        def losses(points: Tensor, guard: Any = guard, shape: Any = shape, answer: Tensor = answer) -> Tensor:
+            rows = points.reshape(-1, *shape)
+            scores = model(rows if guard is None else guard.decoder(rows))
+            truth = answer.repeat_interleave(points.shape[1])
+            return F.cross_entropy(scores.double(), truth, reduction="none").view(points.shape[:2])
+
+        at = z.clone().requires_grad_()
+        (true,) = torch.autograd.grad(losses(at[:, None]).sum(), at)
+        d = z.shape[1]
+        for name, estimator in ESTIMATORS.items():
+            with torch.no_grad():
+                chunked = replace(estimator, chunk=64)
+                made = torch.cat(
+                    [
+                        chunked.estimate(
+                            partial(losses, answer=answer[k : k + 50]), z[k : k + 50], stream(CPU, 0, name, k)
+                        )[0]
+                        for k in range(0, len(z), 50)
+                    ]
+                )
+            moves = true.norm(dim=1) > 0
+            found = F.cosine_similarity(made, true, dim=1)[moves]
+            q = {"rge": getattr(estimator, "q", 0), "two-point": getattr(estimator, "m", 0)}.get(estimator.name, 0)
+            ideal = (q / (q + d - 1)) ** 0.5 if q else 1.0
+            print(
+                f"| {place} | {d} | {name} | {estimator.rows(d)} | {found.mean():.3f} ({found.std():.3f}) | {ideal:.3f} |",
+                flush=True,
+            )
 
 
 def share(hits: int, of: int) -> dict[str, float]:
@@ -258,19 +332,20 @@ def keep(path: Path, done: dict[str, Any], key: str, value: dict[str, Any]) -> N
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["classify", "reconstruct"])
+    parser.add_argument("task", choices=["classify", "reconstruct", "cosine"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--cells", nargs="+", choices=list(CELLS))
     parser.add_argument("--images", type=int, default=200, help="test images (200)")
     parser.add_argument("--n", type=int, default=1000, help="noise draws an image (1000)")
     parser.add_argument("--sigma", type=float, default=0.5)
     parser.add_argument("--rows", type=int, default=300_000, help="oracle rows of every trained defense (300000)")
+    parser.add_argument("--hardened", action="store_true", help="a classifier trained under the noise")
     parser.add_argument("--ae-epochs", type=int, default=8, help="of stage 1 (8)")
     parser.add_argument("--autoencoder", default="mnist-32", help="of the classification task (mnist-32)")
     parser.add_argument("--out", type=Path, default=Path("build/zo_mnist.json"))
     options = parser.parse_args()
     done = json.loads(options.out.read_text()) if options.out.exists() else {}
-    {"classify": classify, "reconstruct": reconstruct}[options.task](options, done)
+    {"classify": classify, "reconstruct": reconstruct, "cosine": cosine}[options.task](options, done)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,17 @@ class Guard(nn.Module):
             both = AutoEncoder(architecture(autoencoder))
             self.encoder, self.decoder = both.encoder, both.decoder
 
+    @torch.no_grad()
+    def begin_at(self, colour: Tensor) -> None:
+        """Let an untrained decoder return grey of this mean colour [C].
+
+        From 0.5 the first steps on dark images drive every value down, and ReLUs of the latent die on the way: the
+        decoder then answers black to everything.
+        """
+        last = [module for module in self.decoder.modules() if isinstance(module, nn.ConvTranspose2d)][-1]
+        assert last.bias is not None
+        last.bias.copy_(colour.clamp(0.002, 0.998).logit())
+
     def latent(self, images: Tensor) -> Tensor:
         """The half that the defender can see into, up to where the gradient is estimated."""
         latent: Tensor = self.encoder(self.denoiser(images))

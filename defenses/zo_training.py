@@ -68,7 +68,7 @@ class ZOTrainer(Trainer):
     kick: float = 0.0
     sigma: float = 0.25
     rows: int = 300_000
-    batch: int = 64
+    batch: int = 16
     rate: float = 1e-3
     weight_decay: float = 1e-4
     loss: Literal["cross-entropy", "mse"] = "cross-entropy"
@@ -135,6 +135,7 @@ class ZOTrainer(Trainer):
 
 def _stage_1(guard: Guard, shop: Workshop, own: Tensor, epochs: int, rate: float) -> float:
     """Train encoder and decoder on clean images; returns the mean squared error of the last epoch."""
+    guard.begin_at(shop.images[own].mean(dim=(0, 2, 3)))
     both = nn.Sequential(guard.encoder, guard.decoder)
     return _regress(both, shop, own, epochs, rate, 0.0, "auto-encoder")
 

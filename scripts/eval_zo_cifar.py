@@ -38,9 +38,9 @@ CELLS: dict[str, dict[str, Any] | None] = {
     "ZO-AE-DS (CGE)": {"estimator": "cge"},
     "ZO-AE-DS (RGE)": {"estimator": "rge"},
     "ZO-DS (RGE)": {"variant": "ds", "estimator": "rge", "rate": 1e-4},
-    "ZO-DS (CGE)": {"variant": "ds", "estimator": "cge", "rate": 1e-4, "batch": 4},
+    "ZO-DS (CGE)": {"variant": "ds", "estimator": "cge", "rate": 1e-4, "batch": 1},
 }
-"""Pixel-wise CGE asks 6145 rows an image, so that its batches are small."""
+"""Pixel-wise CGE asks 6145 rows an image, so that its batches are single images."""
 
 
 def main() -> None:
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--rows", type=int, default=100_000, help="oracle rows of every trained defense (100000)")
+    parser.add_argument("--batch", type=int, default=8, help="images a step of training (8): few rows want many steps")
     parser.add_argument("--images", type=int, default=200, help="test images to certify (200)")
     parser.add_argument("--n", type=int, default=10_000, help="noise draws an image (10000)")
     parser.add_argument("--sigma", type=float, default=0.25)
@@ -66,7 +67,10 @@ def main() -> None:
     fresh = torch.from_numpy(test["images"][: options.images]).permute(0, 3, 1, 2).float() / 255
     fresh_labels = test["labels"][: options.images].tolist()
     box = ModuleBox(load_model("cifar10-resnet20"))
-    common = {name: getattr(options, name) for name in ("sigma", "rows", "autoencoder", "ae_epochs", "depth", "width")}
+    common = {
+        name: getattr(options, name)
+        for name in ("sigma", "rows", "batch", "autoencoder", "ae_epochs", "depth", "width")
+    }
     done = json.loads(options.out.read_text()) if options.out.exists() else {}
     for seed in options.seeds:
         for name in options.cells:

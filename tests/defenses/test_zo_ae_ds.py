@@ -48,6 +48,16 @@ def digits() -> tuple[Tensor, list[int]]:
     return images[:400], labels[:400].tolist()
 
 
+def test_an_auto_encoder_of_dark_images_learns(real_data: Path) -> None:
+    """From grey, the first steps would drive all to black, and the ReLUs of the paper's latent would die on the way."""
+    images = torch.from_numpy(np.load(real_data / "mnist_test_dev.npz")["images"][:1500]).float()[:, None] / 255
+    box = ModuleBox(nn.Sequential(nn.Flatten(), nn.Linear(784, 2)))
+    options: dict[str, Any] = {"variant": "ae-only", "autoencoder": "mnist-192", "ae_epochs": 4}
+    _, shop = trained(box, (images, [0] * 1500), **options)
+    assert shop.record["ae_mse"] < 0.5 * float(images.var(dim=0).mean())
+    assert shop.oracle.ledger == {}
+
+
 SMALL: dict[str, Any] = {"ae_epochs": 2, "depth": 3, "width": 8, "batch": 20}
 
 
@@ -236,29 +246,32 @@ def _fragile(images: Tensor, labels: Tensor) -> nn.Module:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_on_a_fragile_model_the_order_is_the_papers(real_data: Path, seed: int) -> None:
-    """At equal rows, under one noise draw of sigma 0.5: undefended < ZO-DS < ZO-AE-DS, and the control < ZO-AE-DS."""
+    """At equal rows, under noise of sigma 0.5: undefended < ZO-DS < ZO-AE-DS, and the control < ZO-AE-DS."""
     data = np.load(real_data / "mnist_test_dev.npz")
     images, labels = torch.from_numpy(data["images"]).float()[:, None] / 255, torch.from_numpy(data["labels"]).long()
     own, truth, fresh = images[:2500], labels[:2500], images[8000:]
     box = ModuleBox(_fragile(own, truth))
-    noisy = fresh + 0.5 * torch.randn(fresh.shape, generator=torch.Generator().manual_seed(0))
+    draws = torch.randn(3, *fresh.shape, generator=torch.Generator().manual_seed(0))
+    noisy = [fresh + 0.5 * noise for noise in draws]
 
-    def accuracy(behind: BlackBox, rows: Tensor = noisy) -> float:
-        answered = behind.answer(rows, torch.arange(len(rows))).labels
-        return float((answered == labels[8000:]).double().mean())
+    def accuracy(behind: BlackBox, batches: list[Tensor] = noisy) -> float:
+        accounts = torch.arange(len(fresh))
+        right = [behind.answer(rows, accounts).labels == labels[8000:] for rows in batches]
+        return float(torch.stack(right).double().mean())
 
-    assert accuracy(box, fresh) > 0.95
+    assert accuracy(box, [fresh]) > 0.95
     undefended = accuracy(box)
     assert undefended < 0.6
     found = {}
-    common: dict[str, Any] = {"sigma": 0.5, "depth": 3, "width": 8, "ae_epochs": 8, "batch": 64, "rows": 60_000}
+    common: dict[str, Any] = {"sigma": 0.5, "depth": 3, "width": 8, "ae_epochs": 8, "rows": 60_000}
     for name, options in {
         "ae-only": {"variant": "ae-only"},
-        "ds": {"variant": "ds", "estimator": "rge", "q": 48},
-        "ae-ds": {"estimator": "cge", "rate": 2e-3},
+        "ds": {"variant": "ds", "estimator": "rge", "q": 48, "batch": 64},
+        "ae-ds": {"estimator": "cge", "batch": 16, "rate": 2e-3},
     }.items():
         extra = {} if name == "ds" else {"autoencoder": "mnist-32"}
         defense, _ = trained(box, (own, truth.tolist()), seed=seed, **{**common, **extra, **options})
         found[name] = accuracy(defense.wrap(box, 0))
     assert undefended + 0.1 < found["ds"] < found["ae-ds"] - 0.1
-    assert found["ae-only"] + 0.03 < found["ae-ds"]
+    assert found["ae-only"] > 0.85  # a control that is no straw man
+    assert found["ae-only"] + 0.015 < found["ae-ds"]

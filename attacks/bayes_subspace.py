@@ -80,6 +80,8 @@ UPPER_QUARTILE = 0.67
 """Of the standard normal distribution: where the staircase ends, in standard deviations of f."""
 LENGTHSCALE, NOISE = 2.0, 0.04
 """Of `distance`: nearly linear, and the noise's variance in units of that of f at random directions."""
+ROOM, WIDEST = 4.0, 0.1
+"""Of `distance`: 1 - cosine to any of the n directions asked before is at least ROOM / n, up to WIDEST: 26 degrees."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class BayesSubspace(Attack):
             process.tell_side(point, told, above)
         while True:
             with torch.no_grad():
-                points = self._candidate(process, space)
+                points = self._candidate(process, space, None if space.corners else min(ROOM / len(space.asked), WIDEST))
                 threshold = min(max(float(process.moments(points)[0]), least), 1.0)
             answer = yield Query(space.rows(points, epsilon / threshold), "step")
             above = task.reached_any(answer)
@@ -221,9 +223,12 @@ class BayesSubspace(Attack):
             if not answer.status.any():
                 process.tell_side(points[0], threshold, above)
 
-    def _candidate(self, process: Process, space: SearchSpace) -> Tensor:
-        """The next direction [1,d], a fresh one: where the acquisition function of what the process believes is highest."""
-        from .gaussian_process import acquisition, maximise
+    def _candidate(self, process: Process, space: SearchSpace, room: float | None = None) -> Tensor:
+        """The next direction [1,d], a fresh one: where the acquisition function of what the process believes is highest.
+
+        `room` is how far from those that were asked (1 - cosine); default: no more than makes it another one.
+        """
+        from .gaussian_process import SAME, acquisition, maximise
 
         if not len(process):
             return space.design(1)
@@ -233,4 +238,4 @@ class BayesSubspace(Attack):
         best = int(values.argmax())
         function = acquisition(self.acquisition, process, float(values[best]), self.beta)
         with torch.enable_grad():
-            return maximise(function, space.starts(process.points[best]), space.asked, space.admit)[None]
+            return maximise(function, space.starts(process.points[best]), space.asked, space.admit, room or SAME)[None]

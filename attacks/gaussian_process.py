@@ -203,6 +203,7 @@ def maximise(
     starts: Tensor,
     asked: Tensor,
     admit: Callable[[Tensor], Tensor],
+    room: float = SAME,
     rounds: int = 2,
     kept: int = 2,
     steps: tuple[float, ...] = (0.1, 0.4, 0.7, 1.5),
@@ -212,14 +213,18 @@ def maximise(
     From the `kept` best fresh starts and from the best of those that were asked, every round tries steps of several lengths
     along the tangential gradient at once and keeps what is fresh and better than before. What was asked is climbed from but
     never returned, unless every start was asked: a mean is highest where a high value was seen, and would be asked for ever.
+    Where no start has room, only the same direction counts as asked.
 
     Args:
         starts: directions of length 1, float64 [m,d].
         asked: directions of length 1 that are not to be asked again, float64 [k,d].
         admit: from any vectors [...,d] to the nearest admissible directions.
+        room: directions whose cosine with an asked one is less than this from 1 count as asked.
     """
     with torch.no_grad():
-        values, known = function(starts[:, None]), _among(starts, asked)
+        values, known = function(starts[:, None]), _among(starts, asked, room)
+        if known.all():
+            room, known = SAME, _among(starts, asked, SAME)
     fresh, stale = values.masked_fill(known, -math.inf), values.masked_fill(~known, -math.inf)
     index = torch.cat([fresh.topk(min(kept, len(starts))).indices, stale.argmax(dim=0, keepdim=True)])
     best, values, lengths = starts[index], fresh[index], starts.new_tensor(steps)[:, None]
@@ -230,7 +235,7 @@ def maximise(
         trials = admit(best[:, None] + lengths * tangent[:, None])
         flat = trials.flatten(0, 1)
         with torch.no_grad():
-            found = function(flat[:, None]).masked_fill_(_among(flat, asked), -math.inf)
+            found = function(flat[:, None]).masked_fill_(_among(flat, asked, room), -math.inf)
         found, which = found.view(len(best), -1).max(1)
         better = found > values
         if not better.any():
@@ -240,6 +245,6 @@ def maximise(
     return best[values.argmax()]
 
 
-def _among(points: Tensor, asked: Tensor) -> Tensor:
-    """Which of the directions [m,d] are among [k,d], bool [m]."""
-    return (points @ asked.mT > 1 - SAME).any(1)
+def _among(points: Tensor, asked: Tensor, room: float) -> Tensor:
+    """Which of the directions [m,d] are nearer to one of [k,d] than `room` in terms of 1 - cosine, bool [m]."""
+    return (points @ asked.mT > 1 - room).any(1)

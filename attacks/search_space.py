@@ -27,6 +27,7 @@ class SearchSpace:
 
     Attributes:
         asked: the directions of the last rows, refused ones too, [at most WINDOW,dim].
+        corners: whether only the corners of the cube are admitted.
 
     Args:
         task: the image, its norm and its random stream.
@@ -37,7 +38,7 @@ class SearchSpace:
     """
 
     def __init__(self, task: Task, decode: Decoder, signs: bool, corners: bool, sobol: bool) -> None:
-        self._task, self._decode, self._signs, self._corners = task, decode, signs, corners
+        self._task, self._decode, self._signs, self.corners = task, decode, signs, corners
         self.dim = decode.dim
         self.asked = torch.empty(0, self.dim, dtype=torch.float64)
         self._sobol: torch.quasirandom.SobolEngine | None = None
@@ -48,7 +49,7 @@ class SearchSpace:
 
     def admit(self, vectors: Tensor) -> Tensor:
         """The admissible directions, of length 1, that belong to any vectors [...,dim]."""
-        return F.normalize(_sign(vectors) if self._corners else vectors, dim=-1)
+        return F.normalize(_sign(vectors) if self.corners else vectors, dim=-1)
 
     def design(self, n: int) -> Tensor:
         """The next n directions of the blind design: uniform in the cube, or a Sobol sequence there."""
@@ -58,7 +59,7 @@ class SearchSpace:
     def starts(self, best: Tensor) -> Tensor:
         """Directions from which to climb: anywhere, around the best one [dim], and the best one itself."""
         normals = F.normalize(self._draw(torch.randn, GLOBAL + LOCAL * len(SPREADS)), dim=1)
-        spreads = normals.new_tensor(CORNERS if self._corners else SPREADS).repeat_interleave(LOCAL)[:, None]
+        spreads = normals.new_tensor(CORNERS if self.corners else SPREADS).repeat_interleave(LOCAL)[:, None]
         return self.admit(torch.cat([normals[:GLOBAL], best + spreads * normals[GLOBAL:], best[None]]))
 
     def rows(self, points: Tensor, radius: float) -> Tensor:

@@ -96,6 +96,7 @@ def contests() -> dict[str, Contest]:
         "tangent": ours("tangent"),
         "sign-opt": ours("sign-opt"),
         "boundary": ours("boundary"),
+        "waterfill": ours("waterfill"),
         "random (control)": ours("random"),
         "foolbox HopSkipJump, 30 evaluations": ours("foolbox:HopSkipJumpAttack", initial_gradient_eval_steps=30),
         "foolbox HopSkipJump, 100 evaluations": ours("foolbox:HopSkipJumpAttack"),
@@ -112,6 +113,7 @@ def contests() -> dict[str, Contest]:
         "sign-flip": ours("sign-flip"),
         "geoda": ours("geoda"),
         "sign-opt": ours("sign-opt"),
+        "waterfill": ours("waterfill"),
         "random (control)": ours("random"),
         "foolbox HopSkipJump, 30 evaluations": ours(
             "foolbox:HopSkipJumpAttack", initial_gradient_eval_steps=30, constraint="linf"

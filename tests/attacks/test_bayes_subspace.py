@@ -249,6 +249,22 @@ def test_no_direction_is_asked_twice(
     assert float(cosines.max()) < 1 - 1e-6
 
 
+@pytest.mark.parametrize("acquisition", ["ei", "pm"])
+def test_bits_are_asked_for_at_a_distance_from_each_other(acquisition: Acquisition) -> None:
+    """Next to a point that was asked a bit is about what is known: exploitation would learn nothing of other directions."""
+    image = grey()[0]
+
+    def answers(rows: Tensor) -> Answer:
+        deltas = (rows - image).flatten(1)
+        return Answer.of((deltas[:, :20].sum(1) > 2.5).long())
+
+    attack = BayesSubspace(size=6, objective="distance", acquisition=acquisition)
+    deltas = F.normalize((asked(attack, answers, "l2", budget=80) - image).double().flatten(1), dim=1)
+    assert len(deltas) > 40
+    for n in range(25, len(deltas)):  # after the initial design and the staircase
+        assert float((deltas[:n] @ deltas[n]).max()) < 1 - min(4 / n, 0.1) + 1e-6
+
+
 def test_a_targeted_search_reaches_its_target() -> None:
     image = grey(shape=(1, 12, 12))[0]
     planted = Planted(image, 0.5, share=0.7)

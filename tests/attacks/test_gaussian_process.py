@@ -216,3 +216,22 @@ def test_the_best_known_direction_is_climbed_from_but_never_returned(name: str) 
         assert found[0] > top[0]  # from the known one: all other starts lie on the far side
     again = maximise(function, points, points, lambda vectors: points[0].expand_as(vectors))
     assert (points == again).all(1).any()  # nothing fresh is left
+
+
+def test_what_is_near_to_what_was_asked_is_left_out_where_there_is_room() -> None:
+    points = directions(12, 5)
+    process = told(points, points[:, 0])
+    function = acquisition("pm", process, 0.0, 1.0)
+    starts = torch.cat([points, directions(60, 5, seed=1)])
+    near, far = (maximise(function, starts, points, normalise, room=room) for room in (1e-6, 0.3))
+    assert 0.8 < float((points @ near).max()) < 1 - 1e-6
+    assert float((points @ far).max()) < 0.7
+    assert far[0] > points[:, 0].median()
+
+    turns = torch.linspace(0, 2 * math.pi, 17, dtype=torch.float64)[:-1]
+    circle = torch.stack([turns.cos(), turns.sin()], dim=1)  # every direction is within 12 degrees of one of them
+    process = told(circle, circle[:, 0])
+    function = acquisition("pm", process, 0.0, 1.0)
+    found = maximise(function, torch.cat([circle, directions(9, 2)]), circle, normalise, room=0.1)
+    assert float((circle @ found).max()) < 1 - 1e-6
+    assert found[0] > 0.9

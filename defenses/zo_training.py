@@ -35,7 +35,8 @@ class ZOTrainer(Trainer):
     training (agreement with y under one noise draw) the best one's weights are kept.
 
     Args:
-        variant: ae-ds, ds (no auto-encoder), or ae-only (stage 1 alone, no query: the control).
+        variant: ae-ds, ds (no auto-encoder), or what either is before a query, its control: ae-only (stage 1, and the
+            pretraining if any) and ds-only (the pretraining).
         order: zeroth, or first (gradients through the model, which must be a torch module: the baseline).
         estimator: rge, cge (central), cge-forward or two-point.
         q: directions of rge; pairs of two-point.
@@ -60,7 +61,7 @@ class ZOTrainer(Trainer):
 
     name: ClassVar[str] = "zo-ae-ds"
 
-    variant: Literal["ae-ds", "ds", "ae-only"] = "ae-ds"
+    variant: Literal["ae-ds", "ds", "ae-only", "ds-only"] = "ae-ds"
     order: Literal["zeroth", "first"] = "zeroth"
     estimator: Literal["rge", "cge", "cge-forward", "two-point"] = "cge"
     q: int = 192
@@ -92,11 +93,11 @@ class ZOTrainer(Trainer):
         held = min(500, max(1, len(shop.images) // 10))
         order = torch.randperm(len(shop.images), generator=stream(torch.device("cpu"), shop.seed, self.name, "split"))
         own, other = order[held:], order[:held]
-        if self.variant != "ds":
+        if layout["autoencoder"] is not None:
             shop.record["ae_mse"] = _stage_1(guard, shop, own, self.ae_epochs, self.ae_rate)
-        if self.variant != "ae-only":
-            if self.pretrain:
-                _pretrain(guard.denoiser, shop, own, self.pretrain, self.sigma)
+        if self.pretrain:
+            _pretrain(guard.denoiser, shop, own, self.pretrain, self.sigma)
+        if self._asks:
             Stage2(self, guard, shop, own, other).run()
         return ZOAEDS.of(guard, layout, self.sigma)
 
@@ -112,10 +113,15 @@ class ZOTrainer(Trainer):
         """Rows of an image in a step of stage 2, z having d values: the answer to imitate, and the estimate."""
         return (not self.truth) + (1 if self.order == "first" else self.gradient().rows(d))
 
+    @property
+    def _asks(self) -> bool:
+        """Whether stage 2 takes place."""
+        return not self.variant.endswith("-only")
+
     def _check(self, shop: Workshop) -> dict[str, Any]:
-        shape = tuple(shop.images.shape[1:])
-        name = None if self.variant == "ds" else self.autoencoder or fitting(shape)
-        if self.variant != "ds" and (name is None or architecture(name).shape != shape):
+        shape, encodes = tuple(shop.images.shape[1:]), self.variant.startswith("ae")
+        name = (self.autoencoder or fitting(shape)) if encodes else None
+        if encodes and (name is None or architecture(name).shape != shape):
             raise InputError(f"no auto-encoder for images of {shape}: take variant ds, or name one with --autoencoder")
         if self.order == "first" and not isinstance(shop.box, ModuleBox):
             raise InputError(
@@ -123,9 +129,11 @@ class ZOTrainer(Trainer):
             )
         if self.parts == "whole-plus" and self.order != "first":
             raise InputError("whole-plus trains the decoder, which belongs to the black box: it needs order=first")
-        if shop.box.scores == "none":
+        if self.variant == "ds-only" and not self.pretrain:
+            raise InputError("ds-only without pretraining leaves the images as they are: give epochs by --pretrain")
+        if self._asks and shop.box.scores == "none":
             raise InputError("zo-ae-ds needs scores, and this black box answers labels only")
-        if self.variant != "ae-only" and len(shop.images) < 2 * self.batch:
+        if self._asks and len(shop.images) < 2 * self.batch:
             raise InputError(
                 f"zo-ae-ds needs at least two batches of {self.batch} images, not {len(shop.images)} images"
             )

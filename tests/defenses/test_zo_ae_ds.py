@@ -142,6 +142,16 @@ def test_the_control_costs_nothing(digits: tuple[Tensor, list[int]]) -> None:
     assert torch.equal(control.guard.denoiser(digits[0][:9]), digits[0][:9])
 
 
+def test_the_other_control_denoises_and_costs_nothing(digits: tuple[Tensor, list[int]]) -> None:
+    box = Counting(rb.load_model("digits-cnn"))
+    control, shop = trained(box, digits, variant="ds-only", pretrain=5)
+    assert box.rows == 0 == sum(shop.oracle.ledger.values())
+    assert control.guard is not None
+    clean = rb.load_data("digits")[0][:50]
+    noisy = clean + 0.25 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    assert (control.guard(noisy) - clean).square().mean() < 0.5 * (noisy - clean).square().mean()
+
+
 @pytest.mark.parametrize(
     ("options", "moved"),
     [
@@ -210,6 +220,7 @@ def test_a_defense_goes_through_its_file(tmp_path: Path, digits: tuple[Tensor, l
         ({"autoencoder": "cifar-192"}, "no auto-encoder for images"),
         ({"parts": "whole-plus"}, "needs order=first"),
         ({"batch": 300}, "two batches"),
+        ({"variant": "ds-only"}, "by --pretrain"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_without_a_row(

@@ -22,7 +22,8 @@ Deviations from the paper's algorithm:
 - Noise is at least 1.3 grey levels a pixel where rows are rounded.
 - Where answers are stochastic, every iteration first asks x_t again and steps outward while it fails (`moves.hold`).
 
-The knob `radius` is delta_t; rows of estimates can be drawn again. A step that is refused is lengthened, not halved.
+The knob `radius` is delta_t; rows of estimates can be drawn again. A step that is refused is lengthened, not halved. Where the
+knob is set, noise is centred further out (`Lift`), so that about half of the rows reach the goal.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from robustbox.distances import distance
 from robustbox.errors import InputError
-from robustbox.protocol import Answer, Attack, Norm, Query, Search, Task
+from robustbox.protocol import Answer, Attack, Knob, Norm, Query, Search, Task
 
 from .cgba import LEVELS_OF_NOISE, NOISE_LENGTH
 from .moves import bisect_arc, bisect_line, estimate_normal, hold, radius_knob
@@ -49,6 +50,10 @@ STEPS = 12
 """Rows of a step search: the last of its halvings is 1/2048 of the first step."""
 FURTHER = 1.5
 """By how much a refused step is lengthened."""
+PART = 10
+"""Rows after which noise that a wrapper sets is centred anew."""
+LOPSIDED, LOWEST = 0.25, 0.05
+"""A share of rows below which noise is centred further out; the least way out, in lengths of the noise."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class HopSkipJump(Attack):
             raise InputError(f"theta must be between 0 and 1, got {self.theta}")
 
     def search(self, task: Task) -> Search:
-        sample, knob = self._sampler(task), radius_knob(task.image)
+        sample, knob, lift = self._sampler(task), radius_knob(task.image), Lift()
         point = yield from find_start(task)
         if point is None:
             return
@@ -87,10 +92,25 @@ class HopSkipJump(Attack):
             sigma, tolerance = self._scales(task, radius)
             search_cost = 1 + math.ceil(math.log2(radius / tolerance))
             rows = max(min(int(self.n0 * math.sqrt(t)), task.remaining - search_cost), 1)
-            normal, _ = yield from estimate_normal(task, point, sigma, rows, sample, knob, centred=True)
+            normal = yield from self._normal(task, point, sigma, rows, sample, knob, lift)
             end = yield from self._step(task, point, normal, radius / math.sqrt(t))
             if end is not None:
                 point = yield from self._to_boundary(task, end)
+
+    def _normal(
+        self, task: Task, point: Tensor, sigma: float, rows: int, sample: Sampler, knob: Knob, lift: Lift
+    ) -> Generator[Query, Answer, Tensor]:
+        """An estimate: of all rows around the point, or, where a wrapper sets the noise, of parts that `lift` centres."""
+        total = torch.zeros_like(point)
+        while rows > 0:
+            length = knob.value
+            part = rows if length is None else min(PART, rows)
+            centre = point if length is None else lift.centre(task, point, length)
+            normal, share = yield from estimate_normal(task, centre, sigma, part, sample, knob, centred=True)
+            if length is not None:
+                lift.follow(share)
+            total, rows = total + normal, rows - part
+        return total
 
     def _sampler(self, task: Task) -> Sampler:
         """Where the noise of estimates is drawn."""
@@ -125,6 +145,30 @@ class HopSkipJump(Attack):
     def _step(self, task: Task, point: Tensor, normal: Tensor, xi: float) -> Generator[Query, Answer, Tensor | None]:
         """A step along the estimate that stays adversarial [1,C,H,W], or None where none was found."""
         return (yield from step(task, point, normal, xi))
+
+
+@dataclass(slots=True)
+class Lift:
+    """How far out on the ray from the image noise is centred that is longer than the attack's own: `height`, in lengths of it.
+
+    Noise of length r in d dimensions leaves a region that bends with radius R by about r^2 / 2R, and goes r / sqrt(d) to either
+    side along the normal. Where the former is more, hardly a row reaches the goal, and an estimate learns nothing.
+    """
+
+    height: float = 0.0
+
+    def centre(self, task: Task, point: Tensor, length: float) -> Tensor:
+        """Where noise of a length is centred for a boundary point [1,C,H,W]."""
+        ray = point - task.image
+        far = float(torch.linalg.vector_norm(ray))
+        return torch.add(point, ray, alpha=self.height * length / far).clamp_(0, 1) if self.height else point
+
+    def follow(self, share: float) -> None:
+        """Learn from the share of rows that reached the goal."""
+        if share < LOPSIDED:
+            self.height = min(max(2 * self.height, LOWEST), 1.0)
+        elif share > 1 - LOPSIDED:
+            self.height = self.height / 2 if self.height > LOWEST else 0.0
 
 
 def step(task: Task, point: Tensor, normal: Tensor, xi: float) -> Generator[Query, Answer, Tensor | None]:

@@ -1,7 +1,7 @@
 """Measure the stateful gates: time, growth, memory, and how often they refuse honest users.
 
     python scripts/bench_gates.py                    all parts, on the shared data
-    python scripts/bench_gates.py --only speed gate growth lookup neighbours false pairs
+    python scripts/bench_gates.py --only speed gate growth dense lookup neighbours false pairs see
 
 Times are processor time of one thread in milliseconds a query, since other work on the machine disturbs the clock; both
 sides of a ratio run in turns in one process, and medians over repeats are shown. The in-process reference is Blacklight as
@@ -185,6 +185,50 @@ def growth() -> None:
         )
 
 
+def dense() -> None:
+    """20,000 embeddings in the index of `osd`: noisy copies of one image, and points of a sphere that are just no hits."""
+    image, defense, stream = cifar()[0], OSD(), torch.Generator().manual_seed(0)
+    (centre,) = embedded(image[None])
+
+    def copies(sigma: float) -> Tensor:
+        return embedded((image + sigma * torch.randn(1000, 3, 32, 32, generator=stream)).clamp(0, 1))
+
+    def sphere(radius: float) -> Tensor:
+        return centre + radius * torch.nn.functional.normalize(torch.randn(1000, 256, generator=stream), dim=1)
+
+    cases: list[tuple[str, Callable[[float], Tensor], float, int]] = [
+        ("noisy copies", copies, 0.001, 20),
+        ("a sphere in all dimensions", sphere, 0.6, 5),
+    ]
+    for what, draw, scale, thousands in cases:
+        index, times, hits = DenseIndex(256, torch.device("cpu")), [], 0
+        for _ in range(thousands):
+            rows, start = draw(scale), time.process_time()
+            for row in rows:
+                hits += index.mean_distance(row, defense.k, defense.threshold)[0] <= defense.threshold
+                index.add(row)
+            times.append(time.process_time() - start)
+        print(
+            f"growth of osd's index, {what}, {scale}: {times[0]:.3f} ms a query in the first thousand, {times[-1]:.3f} in the "
+            f"{thousands}th, ratio {times[-1] / times[0]:.2f}; {hits} hits of {1000 * thousands:,}",
+            flush=True,
+        )
+
+
+def see() -> None:
+    """The share of 40 independent noisy copies that are refused, mean over ten CIFAR-10 images, by noise a pixel."""
+    images, scales = cifar()[:10], (0.003, 0.006, 0.0085, 0.010, 0.012, 0.015, 0.020, 0.030)
+    for name in ("blacklight", "blacklight-keyed", "qpa", "piha"):
+        shares = []
+        for sigma in scales:
+            stream, refused = torch.Generator().manual_seed(0), 0
+            for image in images:
+                rows = (image + sigma * torch.randn(40, 3, 32, 32, generator=stream)).clamp(0, 1)
+                refused += int((sent(gate(name), rows) > 0).sum())
+            shares.append(f"{sigma}: {refused / 400:.2f}")
+        print(f"refused by {name}, of noisy copies, by noise: {', '.join(shares)}", flush=True)
+
+
 def lookup(sizes: list[int]) -> None:
     """Look-ups in large tables of unrelated sketches, each sharing a few hashes with some: strangers and near copies."""
     random = np.random.default_rng(0)
@@ -295,7 +339,7 @@ def pairs() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["speed", "gate", "growth", "lookup", "neighbours", "false", "pairs"]
+    every = ["speed", "gate", "growth", "dense", "lookup", "neighbours", "false", "pairs", "see"]
     parser.add_argument("--only", nargs="*", default=every, choices=every, help="parts to measure (all)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of all sides in turns (5)")
     parser.add_argument(
@@ -314,10 +358,12 @@ def main() -> None:
         "speed": lambda: speed(options.repeats),
         "gate": lambda: whole(options.repeats),
         "growth": growth,
+        "dense": dense,
         "lookup": lambda: lookup(options.rows),
         "neighbours": lambda: neighbours([20_000, 100_000]),
         "false": lambda: false_positives(options.sets),
         "pairs": pairs,
+        "see": see,
     }
     for part in options.only:
         parts[part]()

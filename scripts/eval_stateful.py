@@ -5,8 +5,8 @@
     python scripts/eval_stateful.py --gates blacklight --bans 1 10 any     with bans at the first hit, and so many accounts
     python scripts/eval_stateful.py --render                               only the table, from the cells that there are
 
-Every cell that was run stands in the file `--cells` and is not run again: a run that was interrupted goes on where it stopped.
-The table is written from all cells of that file into `--table`.
+Every cell that was run stands in the file `--cells`, beside the table, and is not run again: a run that was interrupted goes on
+where it stopped, and a new cell joins those that there are. The table is written from all cells of that file into `--table`.
 
 The setting is that of the authors of OARS: the first images that the model classifies correctly, targeted within l2 2.77 (0.05
 a pixel, root mean square) or linf 0.05, Square untargeted. Targets are the class after the true one; starts come from 500
@@ -78,6 +78,7 @@ MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "oars-blinded": ("oars:blinded:{}", {}),
 }
 """Ways of attacking: the scheme around the attack, and its options."""
+USUAL = ["abort", "persist", "oars", "blinded"]
 MEANING = {
     "abort": "the attack as it is, ended by the first refusal",
     "persist": "the attack as it is; a refused row tells nothing, and it goes on",
@@ -108,16 +109,16 @@ class Cell:
 
 
 class Watched(Attack):
-    """An attack under observation: how many rows it sent for each image in its two phases, and how many were refused.
+    """An attack under observation: how many rows it sent in its two phases, over all images, and how many were refused.
 
-    `phases` holds, image by image, rows and refused rows as {"attack": [n, r], "calibrate": [n, r]}.
+    `phases` holds rows and refused rows as {"attack": [n, r], "calibrate": [n, r]}.
     """
 
     name = "watched"
 
     def __init__(self, attack: Attack) -> None:
         self.attack = attack
-        self.phases: list[dict[str, list[int]]] = []
+        self.phases = {"attack": [0, 0], "calibrate": [0, 0]}
         for told in ("name", "knowledge", "norms", "targeted", "needs_epsilon", "knobs"):
             setattr(self, told, getattr(attack, told))
 
@@ -128,19 +129,16 @@ class Watched(Attack):
         self.attack.check(task)
 
     def search(self, task: Task) -> Search:
-        counts = {"attack": [0, 0], "calibrate": [0, 0]}
-        self.phases.append(counts)
-        return self._counting(self.attack.search(task), counts)
+        return self._counting(self.attack.search(task))
 
-    @staticmethod
-    def _counting(search: Search, counts: dict[str, list[int]]) -> Generator[Query, Answer, None]:
+    def _counting(self, search: Search) -> Generator[Query, Answer, None]:
         answer: Answer | None = None
         while True:
             try:
                 query = next(search) if answer is None else search.send(answer)
             except StopIteration:
                 return
-            count = counts["calibrate" if query.kind == "calibrate" else "attack"]
+            count = self.phases["calibrate" if query.kind == "calibrate" else "attack"]
             count[0] += len(query.rows)
             answer = yield query
             count[1] += int((answer.status != ANSWERED).sum())
@@ -179,7 +177,7 @@ def run(cell: Cell, images: int, budget: int) -> dict[str, Any]:
         "accounts_burnt": result.accounts_burnt.tolist(),
         "phases": watched.phases,
         "errors": [error for error in result.errors if error],
-        "seconds": time.perf_counter() - start,
+        "seconds": round(time.perf_counter() - start, 1),
     }
     if gate is not None:
         statistics = gate.statistics()
@@ -187,8 +185,8 @@ def run(cell: Cell, images: int, budget: int) -> dict[str, Any]:
         if not result.rejected.any():  # a silent gate: its own books tell
             record["detected_at"] = [gate.standing(account).first_hit for account in accounts]
             record["rejected"] = [gate.standing(account).hits for account in accounts]
-        record["milliseconds"] = statistics["milliseconds_per_query"]
-        record["bytes"] = statistics["bytes_per_query"]
+        record["milliseconds"] = round(statistics["milliseconds_per_query"], 3)
+        record["bytes"] = round(statistics["bytes_per_query"], 1)
     return record
 
 
@@ -235,12 +233,12 @@ def pooled(records: list[dict[str, Any]], name: str) -> list[Any]:
 def line(records: list[dict[str, Any]], marks: list[int]) -> list[str]:
     """One row of the table: a cell over all its seeds."""
     first, rejected, queries = (pooled(records, name) for name in ("first_success", "rejected", "queries"))
-    detected, phases = pooled(records, "detected_at"), pooled(records, "phases")
+    detected = pooled(records, "detected_at")
     n = len(first)
     at = [sum(0 < query <= mark for query in first) for mark in marks]
     low, high = wilson(at[-1], n)
     shares = [
-        percent(sum(each[phase][1] for each in phases), sum(each[phase][0] for each in phases))
+        percent(*(sum(record["phases"][phase][part] for record in records) for part in (1, 0)))
         for phase in ("calibrate", "attack")
     ]
     cost = [float(np.mean([record.get(name, 0.0) for record in records])) for name in ("milliseconds", "bytes")]
@@ -286,7 +284,11 @@ def render(cells: dict[str, Any]) -> str:
         text += [title + ("" if bans == "-" else f"; banned at the first hit, accounts: {bans}"), ""]
         header = ["gate", "attack", "way", f"success at {' / '.join(f'{mark:,}' for mark in marks)}", *COLUMNS]
         rows = [[*names, *line(records, marks)] for names, records in sorted(group.items(), key=_order)]
+        rows = [[*row[:2], row[2] + r" \*" * mark, *row[3:]] for row, mark in zip(rows, earlier(group), strict=True)]
         text += [*markdown(header, rows), *not_run(group)]
+        if bans == "-" and (bought := ratios(cells, size)):
+            text += [RATIOS.strip(), ""]
+            text += markdown(["gate", "attack", "way", "seeds", "no gate", "behind the gate", "ratio", "95 %"], bought)
     if hits := [(key.split("/")[1], record) for key, record in cells.items() if key.startswith("benign/")]:
         text += ["## Benign queries that are refused", ""]
         rows = [
@@ -297,10 +299,36 @@ def render(cells: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def earlier(group: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[bool]:
+    """Which rows of a group stand on cells that the attack of today would not make."""
+    return [any(record.get("earlier") for record in records) for _, records in sorted(group.items(), key=_order)]
+
+
+def ratios(cells: dict[str, Any], size: str) -> list[list[str]]:
+    """How many times the queries of the attack without a gate OARS takes, over the seeds of both; where all images fell."""
+    keys = [key.split("/") for key in cells if not key.startswith("benign/")]
+    found = {(g, a, m) for g, a, m, bans, images, _ in keys if m.startswith("oars") and (bans, images) == ("-", size)}
+    rows = []
+    for gate, attack, mode in sorted(found, key=lambda names: _order((names, None))):
+        sides = [
+            {seed: cells[key]["first_success"] for seed in range(10) if (key := f"{way}/-/{size}/{seed}") in cells}
+            for way in (f"none/{attack}/persist", f"{gate}/{attack}/{mode}")
+        ]
+        seeds = sorted(sides[0].keys() & sides[1].keys())
+        plain, oars = (np.array([side[seed] for seed in seeds]) for side in sides)
+        if seeds and plain.all() and oars.all():
+            draws = np.random.default_rng(0).integers(plain.shape[1], size=(10_000, plain.shape[1]))
+            drawn = (side.sum(axis=0)[draws].sum(axis=1) for side in (oars, plain))
+            low, high = np.quantile(np.divide(*drawn), (0.025, 0.975))
+            figures = [f"{plain.mean():,.0f}", f"{oars.mean():,.0f}", f"{oars.mean() / plain.mean():.2f}"]
+            rows.append([gate, attack, mode, str(len(seeds)), *figures, f"{low:.2f}-{high:.2f}"])
+    return rows
+
+
 def not_run(group: dict[tuple[str, str, str], Any]) -> list[str]:
-    """For each way by which some cell was run, the gates and attacks for which none was."""
+    """For each usual way by which some cell was run, the gates and attacks for which none was."""
     text = []
-    for mode in MODES:
+    for mode in USUAL:
         if any(way == mode for _, _, way in group):
             missing = {
                 gate: [attack for attack in ATTACKS if (gate, attack, mode) not in group]
@@ -342,7 +370,10 @@ COLUMNS = [
     "ms a query",
     "bytes a query",
 ]
-INTRODUCTION = """
+RATIOS = """
+Queries to the first success, means over images and seeds, where every image fell; intervals by bootstrap over images.
+"""
+INTRODUCTION = r"""
 Written by `python scripts/eval_stateful.py`; the script's head says how each figure comes about.
 
 ResNet-20, the first CIFAR-10 images that it classifies correctly; targeted (the class after the true one, starts from 500 other
@@ -350,7 +381,8 @@ images) within l2 2.77 or, NES, linf 0.05; Square untargeted within linf 0.05, S
 counts, refused ones and calibration too. Success: a row inside the ball that the gate let pass and the model answered with
 the goal. *fresh*: the same row, sent by another account at the end. *free*: successes within the first 3 queries. Medians count
 failures as infinite. Detected: at least one row was refused, or, by a silent gate, noted. Milliseconds are wall clock, on a
-machine that was busy with other work.
+machine that was busy with other work. \*: measured before HopSkipJump and QEBA centred a gate's noise further out
+(`hop_skip_jump.Lift`), and not again since.
 """
 
 
@@ -361,10 +393,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
     parser.add_argument("--attacks", nargs="+", choices=list(ATTACKS), default=list(ATTACKS))
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["abort", "persist", "oars", "blinded"])
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=USUAL)
     parser.add_argument("--bans", nargs="*", help="accounts of an attacker whose first hit bans it: numbers, or any")
     parser.add_argument("--benign", type=int, default=0, metavar="N", help="send N natural images through each gate")
-    parser.add_argument("--cells", type=Path, default=ROOT / "build/stateful.json")
+    parser.add_argument("--cells", type=Path, default=ROOT / "docs/stateful-cells.json")
     parser.add_argument("--table", type=Path, default=ROOT / "docs/stateful-table.md")
     parser.add_argument("--render", action="store_true", help="run nothing, write the table")
     args = parser.parse_args()
@@ -375,7 +407,9 @@ def main() -> None:
         cells[key] = record
         args.cells.parent.mkdir(parents=True, exist_ok=True)
         part = args.cells.with_suffix(".part")
-        part.write_text(json.dumps(cells))
+        part.write_text(
+            "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(cells.items())) + "\n}\n"
+        )
         part.replace(args.cells)
         print(f"{key} done", file=sys.stderr, flush=True)
 

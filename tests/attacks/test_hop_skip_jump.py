@@ -13,13 +13,14 @@ from torch import Tensor
 
 from robustbox import run_attack
 from robustbox.attacks import hop_skip_jump
-from robustbox.attacks.hop_skip_jump import STEPS, HopSkipJump
+from robustbox.attacks.hop_skip_jump import STEPS, HopSkipJump, Lift
+from robustbox.attacks.moves import radius_knob
 from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import REJECTED, Answer, Norm, Query, Search, Task
 from tests.attacks.analytic import Flat, drive, refusing, task, unit
 
-SHAPE = (3, 8, 8)
+SHAPE, SIXTEEN = (3, 8, 8), (3, 16, 16)
 NORMS: list[Norm] = ["l2", "linf"]
 
 
@@ -162,6 +163,35 @@ def test_the_knob_sets_the_length_of_the_noise_and_draws_from_its_distribution()
         query = search.send(Answer.of(flat(query.rows)))
     assert query.knobs == (knob,)
     assert (query.rows - query.rows.mean(dim=0)).flatten(1).norm(dim=1).mean() == pytest.approx(0.3, rel=0.1)
+
+
+@pytest.mark.parametrize("lifted", [True, False])
+def test_noise_of_another_length_is_centred_where_it_tells_something(
+    lifted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The goal is a ball: long noise around a point of its surface leaves it, around one r^2 / 2R below half of it does."""
+    r, bend = 1.0, 2.0
+    image = torch.full(SIXTEEN, 0.5)
+    centre = image + 4 * unit(SIXTEEN, 0)
+    of = task(image, target=1)
+    if not lifted:
+        monkeypatch.setattr(hop_skip_jump, "LOPSIDED", 0.0)
+    attack, knob = HopSkipJump(n0=100), radius_knob(image)
+    knob.value = r
+    point = torch.lerp(centre, image, bend / 4)[None]  # the ball's surface
+    probes: list[Tensor] = []
+
+    def ball(rows: Tensor) -> Answer:
+        probes.append(rows)
+        return Answer.of(((rows - centre).flatten(1).norm(dim=1) < bend).long())
+
+    drive(attack._normal(of, point, 0.01, 300, attack._sampler(of), knob, Lift()), of, ball)
+    rows = torch.cat(probes[-10:])
+    inside = ((rows - centre).flatten(1).norm(dim=1) < bend).float().mean()
+    deep = bend - float((rows.mean(dim=0) - centre).norm())
+    assert len(torch.cat(probes)) == 300
+    assert (0.2 < inside < 0.8) if lifted else inside == 0
+    assert deep == pytest.approx(r**2 / (2 * bend) if lifted else 0.0, abs=0.08)
 
 
 # Hard cases

@@ -2,10 +2,11 @@
 
 Normals n are unit vectors, their coefficients n_i in an orthonormal basis (`blocks.py`) independent with variance c_i, sum 1:
 
-    c_i ~ 0.3 [a colour, not grey] / (1 + (f_i / 40)^2) exp(-a_i) l_colour l_band l_cell
+    c_i ~ exp(-1.5 a_i) / (1 + (f_i / F)^2) l_band l_cell
 
-for f_i cycles an image and a squared distance a_i from its middle (1 at a border). The factors l of colours, of frequency bands
-and of the 16 cells of the image are learnt, from 1 on.
+for f_i cycles an image and a squared distance a_i from its middle (1 at a border). Grey fades at F of twice the finest
+frequency that the image can hold, colours (all that is not grey) at a quarter of it: there the networks seen differ least. The
+factors l of frequency bands, apart for each colour, and of the 16 cells of the image are learnt, from 1 on.
 
 The sign of <n, u> under noise u with variances s_i has E[sign u_i] = k s_i n_i / tau, k^2 = 2 / pi, tau^2 = sum s_i n_i^2.
 So q signs tell of n_i what a measurement with noise of variance 1 / I_i does, I_i = k^2 q s_i / tau^2, and n_i is known to the
@@ -26,10 +27,12 @@ from torch import Tensor
 
 from .blocks import blocks
 
-COLOUR, CYCLES = 0.3, 40.0
-"""The cautious prior: how much less a colour varies than grey, and where the frequencies begin to fade."""
+AWAY, GREY, COLOUR = 1.5, 2.0, 0.25
+"""The cautious prior: how fast normals fade from the middle, and where grey and colours do, over the finest frequency."""
 BANDS = 5
-TRUST = 4.0
+SHUFFLES = 4
+"""How often signs are shuffled among their rows, to hear what tells nothing."""
+TRUST = 2.0
 """Precision of the belief that the logarithm of a factor is 0."""
 K = math.sqrt(2 / math.pi)
 
@@ -49,23 +52,31 @@ class Evidence:
     Attributes:
         precision: of those measurements, [C,H,W].
         spread: the variance of `told` that is noise, [C,H,W].
+        heard: `told` before anything was ruled out; after it, what the same signs would have told in other orders, [1+k,C,H,W].
     """
 
     def __init__(self, like: Tensor) -> None:
         self.told, self.precision, self.spread = (torch.zeros_like(like) for _ in range(3))
+        self.heard = like.new_zeros(1 + SHUFFLES, *like.shape)
 
     def fade(self, share: float) -> None:
         """Keep a share of the evidence: the boundary turned."""
         self.told *= share
         self.precision *= share
         self.spread *= share * share
+        self.heard *= share
 
-    def add(self, total: Tensor, count: int, noise: Tensor, residual: Tensor) -> None:
-        """Add `count` signs: sum_j s_j u_j [C,H,W] under noise of variances s [C,H,W]; `residual` is tau^2."""
-        gained = noise * (K * K * count / residual)
-        self.told += total * (K / residual.sqrt())
+    def add(self, sums: Tensor, count: float, noise: Tensor, residual: Tensor) -> None:
+        """Add `count` signs under noise of variances s [C,H,W]; `residual` is tau^2.
+
+        Args:
+            sums: sum_j s_j u_j, and that of the same signs in k other orders, [1+k,C,H,W].
+        """
+        gained, sums = noise * (K * K * count / residual), sums * (K / residual.sqrt())
+        self.told += sums[0]
         self.precision += gained
         self.spread += gained
+        self.heard += sums
 
     def variances(self, prior: Tensor) -> Tensor:
         """What is not known of each coefficient, [C,H,W]."""
@@ -84,12 +95,13 @@ class Evidence:
 
 
 class Spectrum:
-    """The variances of normals, learnt from the answers at one image, or at all images of a run.
+    """The variances of normals, learnt from the evidence of one image, or of all images of a run.
 
-    The answers of an iteration are taken in once, as they came. (Kept evidence would say of the coefficients that were asked
-    most that they hardly vary: what was known of them lies along the ray by then, along which no noise is sent.) The signs' sum
-    at a coefficient has the variance q s_i (1 + c_i I_i). What the same signs give in other orders, q s_i, is measured and
-    subtracted: clipping to the box takes its share of the noise.
+    Each update is a step of Fisher scoring on the logarithms of the factors. What was heard of a coefficient has the variance
+    V_i + c_i I_i^2 with the noise V_i of the evidence. It is taken as it was heard: what arcs
+    rule out lies along the estimate, and without it those coefficients would seem to vary least that were asked most. The noise
+    is measured by the signs in other orders, since clipping to the box takes its share of it. What all groups have in common is
+    left out (the normal's length is known), and an image moves a factor by its own share of the information.
 
     Args:
         like: an image [C,H,W].
@@ -99,19 +111,15 @@ class Spectrum:
         channels, height, width = shape = (*like.shape,)
         device = like.device
         self.basis = basis = blocks(shape, device)
-        grey = torch.full((channels, 1, 1), COLOUR, device=device)
-        grey[0] = 1
-        self._base = grey / (1 + (basis.cycles / CYCLES).square()) * torch.exp(-basis.away)
-        band = (
-            (basis.cycles * (BANDS / float(basis.cycles.max()) * 0.999)).long()
-            if height * width > 1
-            else basis.cell * 0
-        )
-        colour = torch.arange(channels, device=device).view(-1, 1, 1).expand(shape)
-        groups = (colour, band.expand(shape), basis.cell.expand(shape))
+        fade = torch.full((channels, 1, 1), COLOUR * max(height, width) / 2, device=device)
+        fade[0] = GREY * max(height, width) / 2
+        self._base = torch.exp(-AWAY * basis.away) / (1 + (basis.cycles / fade).square())
+        band = (basis.cycles * (BANDS * 0.999 / max(float(basis.cycles.max()), 1e-9))).long()
+        colour = torch.arange(channels, device=device).view(-1, 1, 1)
+        groups = (colour * BANDS + band, basis.cell.expand(shape))
         self._groups = [(group.flatten(), int(group.max()) + 1) for group in groups]
         self._logs = [torch.zeros(size, device=device) for _, size in self._groups]
-        self._precision = [torch.full_like(log, TRUST) for log in self._logs]
+        self._informed: dict[int, list[Tensor]] = {}
         self._shape = shape
 
     def variances(self) -> Tensor:
@@ -122,24 +130,20 @@ class Spectrum:
         c = self._base * factor.exp_()
         return c / c.sum()
 
-    def learn(self, total: Tensor, shuffled: Tensor, count: float, noise: Tensor) -> None:
-        """Take in the answers of an iteration: a step of Fisher scoring on the logarithms of the factors.
+    def enter(self) -> int:
+        """The number of one more image that learns."""
+        self._informed[len(self._informed)] = [torch.zeros_like(log) for log in self._logs]
+        return len(self._informed) - 1
 
-        What all factors have in common is left out: the normal's length is known.
-
-        Args:
-            total: the sum of signs times noise, [C,H,W].
-            shuffled: that of the same signs in k other orders, [k,C,H,W].
-            count: how many answers they are worth.
-            noise: the noise's variances, [C,H,W].
-        """
-        c = self.variances()
-        nothing, (cell, cells) = shuffled.square().mean(0), self._groups[-1]
-        there, asked = (c.new_zeros(cells).index_add_(0, cell, x.flatten()) for x in (nothing, noise * count))
-        noise = noise * (there / asked.clamp_min(1e-9))[cell].view(self._shape)  # what clipping left of it
-        signal = noise * c * (K * K * count / (noise * c).sum())
-        excess = (total.square() - nothing) / (noise * count).clamp_min(1e-9)
-        weight = torch.where(noise > 0, signal / (2 * (1 + signal).square()), 0.0) / (1 + 1 / len(shuffled))
+    def learn(self, image: int, evidence: Evidence) -> None:
+        """Take in the evidence of an image, by its number, in place of what it told before."""
+        c, nothing, (cell, cells) = self.variances(), evidence.heard[1:].square().mean(0), self._groups[-1]
+        there, sent = (c.new_zeros(cells).index_add_(0, cell, x.flatten()) for x in (nothing, evidence.spread))
+        kept = (there / sent.clamp_min(1e-9))[cell].view(self._shape)  # what clipping left of the noise
+        spread = evidence.spread.clamp_min(1e-9) * kept.clamp_min(1e-3)
+        signal = torch.where(evidence.spread > 0, c * (evidence.precision * kept).square() / spread, 0.0)
+        excess = (evidence.heard[0].square() - nothing) / spread
+        weight = signal / (2 * (1 + signal).square() * (1 + 1 / SHUFFLES))
         score, information = weight * (excess - signal), weight * signal
         score = score - score.sum() / information.sum().clamp_min(1e-9) * information
         for k, (group, size) in enumerate(self._groups):
@@ -148,5 +152,8 @@ class Spectrum:
             slope, own = (
                 torch.zeros(size, device=c.device).index_add_(0, group, x.flatten()) for x in (score, information)
             )
-            self._precision[k] += own
-            self._logs[k] = (self._logs[k] + (slope / self._precision[k]).clamp_(-0.5, 0.5)).clamp_(-3, 3)
+            self._informed[image][k] = own
+            everyone = torch.stack([each[k] for each in self._informed.values()]).sum(0)
+            pull = TRUST * self._logs[k] / len(self._informed)
+            step = ((slope - pull) / (everyone + TRUST)).clamp_(-0.5, 0.5)
+            self._logs[k] = (self._logs[k] + step).clamp_(-3, 3)

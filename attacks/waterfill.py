@@ -5,15 +5,15 @@ estimates the boundary's normal n from them, and searches the semicircle between
 as CGBA does (`cgba.py`). What differs is how few labels it takes:
 
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
-  (`blocks.py`) are independent. Their variances start from a cautious prior (grey more than colours, the middle more than the
-  border, frequencies below 40 cycles an image more than those above) and are learnt from the answers (`spectrum.py`).
+  (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours less than
+  grey but for the lowest frequencies) and are learnt from the answers (`spectrum.py`).
 - **Noise.** Its variances share the queries out over the coefficients by water-filling: few queries see a small subspace, many
   see all. It has no part along v, since how steeply the boundary crosses the ray is not asked, nor along the normal expected so
   far: where cos(n, known) = 0.7, the unknown rest alone then decides the signs, and each tells twice as much of it.
 - **Estimator.** Gaussian evidence with its precision, faded by `memory` an iteration; the estimate is the posterior mean, which
   shrinks what was hardly asked. Noise is taken as it was sent, after clipping to the box. The arc's end tells one thing more:
   in its plane the boundary is nearest there, so the normal has no part along the arc's tangent.
-- **Search.** The arc is tried at the last angle first, outward or inward from there, then halved to 1 % of R: about 5 rows.
+- **Search.** The arc is tried at the last angle first, outward or inward from there, then halved to 3 % of R: about 5 rows.
   After answers of which more than 85 % succeed the search is made more precise, until the noise sees the boundary again.
 
 Noise has the length 0.3 R, but at least 1.3 grey levels a pixel where rows are rounded: real boundaries are flat for random
@@ -22,15 +22,16 @@ directions, and long noise forgives a coarse search. One-sided answers halve it.
 In linf (no semicircle there) the step is HopSkipJump's, along the sign of the estimate, R / sqrt(t) long and halved until it
 reaches the goal, and the ball is shrunk around x until it fails; noise is 0.15 R a pixel, with no direction left out.
 
-Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 5 rows of search (linf 8); the start search
+Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes, n0 = 20 (towards a target 6: far from x the boundary turns, and
+no estimate leads far), and about 5 rows of search (linf 8); the start search
 (`starts.find_start`) and one line search come first.
 
-With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from the answers at
+With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from the evidence of
 all images of a run, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.
 
-It loses where normals are the contrary of the prior (colour without grey, border without middle, the finest frequencies of
-large images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; and it gains
-little where the image has few dimensions or thousands of queries are spent: then any noise finds the normal.
+It loses where normals are the contrary of the prior (fine colours, border without middle) and few queries are spent; where the
+boundary turns fast against R, since evidence is then stale; and it gains little where the image has few dimensions or thousands
+of queries are spent: then any noise finds the normal.
 
 The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. Where answers are
 stochastic, every iteration first asks x_b again and steps outward while it fails (`moves.hold`).
@@ -56,17 +57,17 @@ from .cgba import LEVELS_OF_NOISE, semicircle
 from .hop_skip_jump import step
 from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob
 from .noise import Noise
-from .spectrum import Evidence, K, Spectrum, water_filling
+from .spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
 from .starts import find_start
 
+N0 = (20, 6)
+"""Rows of the first estimate, untargeted and towards a target: far from the image a boundary turns fast."""
 NOISE = {"l2": 0.3, "linf": 0.15}
 """Noise over the distance: its length l2, or in linf its standard deviation a pixel."""
-PRECISION = 0.01
+PRECISION = 0.03
 """Bracket at which a search ends, over the distance."""
 DEEP, FINEST = 0.85, 1e-4
 """The share of successes from which on the search is made more precise, and how precise it becomes at most."""
-SHUFFLES = 4
-"""How often the answers are shuffled among their rows, for sums that tell nothing."""
 HORIZON = 3.0
 """The queries shared out over those of one iteration: the evidence of about so many is combined."""
 FIRST, SEARCH = 0.6, 5
@@ -78,7 +79,7 @@ class Waterfill(Attack):
     """Waterfill: noise shared out by water-filling over a learnt spectrum of normals. Minimises l2 or linf, knows labels only.
 
     Args:
-        n0: rows of the first normal estimate; estimate t takes floor(n0 sqrt(t)).
+        n0: rows of the first normal estimate; estimate t takes floor(n0 sqrt(t)). Default: 20, towards a target 6.
         memory: share of the evidence that is kept from one iteration to the next.
         learn: learn the spectrum from the answers; else the prior stays as it was at the start.
         share_prior: learn it from all images of a run together; images are then no longer independent.
@@ -88,13 +89,13 @@ class Waterfill(Attack):
     norms: ClassVar[tuple[Norm, ...]] = ("l2", "linf")
     knobs: ClassVar[tuple[str, ...]] = ("radius",)
 
-    n0: int = 20
+    n0: int | None = None
     memory: float = 0.9
     learn: bool = True
     share_prior: bool = False
 
     def __post_init__(self) -> None:
-        if self.n0 < 1 or not 0 <= self.memory <= 1:
+        if (self.n0 is not None and self.n0 < 1) or not 0 <= self.memory <= 1:
             raise InputError(f"n0 must be at least 1, and memory between 0 and 1, not {self.n0} and {self.memory}")
 
     @property
@@ -109,12 +110,13 @@ class Waterfill(Attack):
         return [self._search(task, common or Spectrum(task.image)) for task in tasks]
 
     def _search(self, task: Task, spectrum: Spectrum) -> Search:
-        knob, evidence = radius_knob(task.image), Evidence(task.image)
+        knob, number, evidence = radius_knob(task.image), spectrum.enter(), Evidence(task.image)
         point = yield from find_start(task)
         if point is None:
             return
         point, _ = yield from inward(task, point, FIRST, PRECISION)
         guess, scale, precision = FIRST, 1.0, PRECISION
+        n0 = self.n0 or N0[task.target is not None]
         for t in count(1):
             point = yield from hold(task, point)
             radius = float(distance(point - task.image, task.norm))
@@ -122,15 +124,17 @@ class Waterfill(Attack):
                 return
             sigma = self._sigma(task, radius) * scale
             tolerance = max(sigma / 2 / radius, precision) if task.levels else precision
-            rows = max(min(int(self.n0 * math.sqrt(t)), task.remaining - SEARCH), 1)
+            rows = max(min(int(n0 * math.sqrt(t)), task.remaining - SEARCH), 1)
             evidence.fade(self.memory)
-            share = yield from self._ask(task, point, sigma, rows, spectrum, evidence, knob)
+            share = yield from _ask(task, point, sigma, rows, spectrum, evidence, knob)
             precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, PRECISION)
             if share == 1:  # too deep inside, or on a ridge that noise leaves on both sides
                 point, _ = yield from inward(task, point, PRECISION, precision)
             scale = max(scale / 2, 1 / 64) if share in (0, 1) else min(scale * 1.5, 1.0)
             if not 0 < share < 1:
                 continue
+            if self.learn:
+                spectrum.learn(number, evidence)
             prior = spectrum.variances()
             normal = spectrum.basis.compose(evidence.mean(prior)[None])
             if task.norm == "linf":
@@ -152,54 +156,51 @@ class Waterfill(Attack):
         sigma = NOISE[task.norm] * radius / (math.sqrt(task.image.numel()) if task.norm == "l2" else 1.0)
         return max(sigma, LEVELS_OF_NOISE / (task.levels - 1)) if task.levels else sigma
 
-    def _ask(
-        self, task: Task, point: Tensor, sigma: float, count: int, spectrum: Spectrum, evidence: Evidence, knob: Knob
-    ) -> Generator[Query, Answer, float]:
-        """Ask `count` noisy points around a boundary point [1,C,H,W] and add what they tell to the evidence.
 
-        Returns:
-            The share of the answered rows that reached the goal, NaN when there are none. Nothing was added where it is 0 or 1.
+def _ask(
+    task: Task, point: Tensor, sigma: float, count: int, spectrum: Spectrum, evidence: Evidence, knob: Knob
+) -> Generator[Query, Answer, float]:
+    """Ask `count` noisy points around a boundary point [1,C,H,W] and add what they tell to the evidence.
 
-        Cost: `count` rows, in queries of at most `ROW_BYTES`.
-        """
-        basis, prior, generator = spectrum.basis, spectrum.variances(), task.generator
-        rest = evidence.variances(prior)
-        noise = water_filling(rest / rest.sum(), HORIZON * K * K * count)
-        deviation, across = noise.sqrt(), []
-        if task.norm == "l2":
-            ray = point - task.image
-            known = basis.compose(evidence.mean(prior)[None])
-            across = [ray, known - (known * ray).sum() / ray.square().sum() * ray]
+    Returns:
+        The share of the answered rows that reached the goal, NaN when there are none. Nothing was added where it is 0 or 1.
 
-        def sample(n: int) -> Tensor:
-            u = basis.compose(torch.randn(n, *noise.shape, generator=generator, device=generator.device) * deviation)
-            for direction in across:
-                part = u.flatten(1) @ direction.flatten() / direction.square().sum().clamp_min(1e-30)
-                u -= part.view(-1, 1, 1, 1) * direction
-            return u
+    Cost: `count` rows, in queries of at most `ROW_BYTES`.
+    """
+    basis, prior, generator = spectrum.basis, spectrum.variances(), task.generator
+    rest = evidence.variances(prior)
+    noise = water_filling(rest / rest.sum(), HORIZON * K * K * count)
+    deviation, across = noise.sqrt(), []
+    if task.norm == "l2":
+        ray = point - task.image
+        known = basis.compose(evidence.mean(prior)[None])
+        across = [ray, known - (known * ray).sum() / ray.square().sum() * ray]
 
-        total, drift = point.new_zeros(1 + SHUFFLES, *point.shape[1:]), torch.zeros_like(point)
-        positive, answered = 0, 0
-        chunk = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
-        for start in range(0, count, chunk):
-            drawn = Noise(generator, sample, min(chunk, count - start), point)
-            answer = yield probes(point, drawn, sigma, sample, knob)
-            scale = sigma if knob.value is None else knob.value / math.sqrt(point.numel())
-            told = answer.status == ANSWERED
-            sent = torch.add(point, drawn.get(), alpha=scale).clamp_(0, 1).sub_(point).div_(scale).flatten(1)[told]
-            reached = task.reached(answer)[told]
-            signs = (2 * reached.float() - 1).to(point.device)
-            orders = [torch.randperm(len(signs), generator=generator, device=generator.device) for _ in range(SHUFFLES)]
-            total += (torch.stack([signs, *(signs[order] for order in orders)]) @ sent).view_as(total)
-            drift += sent.sum(0).view_as(drift)
-            positive, answered = positive + int(reached.sum()), answered + len(signs)
-            del drawn, sent
-        if 0 < positive < answered:
-            bias = 2 * positive / answered - 1
-            total.sub_(drift, alpha=bias)  # HopSkipJump's eq. 16: less variance
-            left = rest if task.norm == "l2" else prior  # in linf nothing is left out of the noise
-            sums = basis.analyse(total)
-            evidence.add(sums[0], answered, noise, (noise * left).sum())
-            if self.learn:
-                spectrum.learn(sums[0], sums[1:], answered * (1 - bias * bias), noise)
-        return positive / answered if answered else math.nan
+    def sample(n: int) -> Tensor:
+        u = basis.compose(torch.randn(n, *noise.shape, generator=generator, device=generator.device) * deviation)
+        for direction in across:
+            part = u.flatten(1) @ direction.flatten() / direction.square().sum().clamp_min(1e-30)
+            u -= part.view(-1, 1, 1, 1) * direction
+        return u
+
+    total, drift = point.new_zeros(1 + SHUFFLES, *point.shape[1:]), torch.zeros_like(point)
+    positive, answered = 0, 0
+    chunk = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
+    for start in range(0, count, chunk):
+        drawn = Noise(generator, sample, min(chunk, count - start), point)
+        answer = yield probes(point, drawn, sigma, sample, knob)
+        scale = sigma if knob.value is None else knob.value / math.sqrt(point.numel())
+        told = answer.status == ANSWERED
+        sent = torch.add(point, drawn.get(), alpha=scale).clamp_(0, 1).sub_(point).div_(scale).flatten(1)[told]
+        reached = task.reached(answer)[told]
+        signs = (2 * reached.float() - 1).to(point.device)
+        orders = [torch.randperm(len(signs), generator=generator, device=generator.device) for _ in range(SHUFFLES)]
+        total += (torch.stack([signs, *(signs[order] for order in orders)]) @ sent).view_as(total)
+        drift += sent.sum(0).view_as(drift)
+        positive, answered = positive + int(reached.sum()), answered + len(signs)
+        del drawn, sent
+    if 0 < positive < answered:
+        total.sub_(drift, alpha=2 * positive / answered - 1)  # HopSkipJump's eq. 16: less variance
+        left = rest if task.norm == "l2" else prior  # in linf nothing is left out of the noise
+        evidence.add(basis.analyse(total), answered, noise, (noise * left).sum())
+    return positive / answered if answered else math.nan

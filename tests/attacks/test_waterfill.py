@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustbox import run_attack
 from robustbox.attacks.blocks import Blocks
-from robustbox.attacks.spectrum import Evidence, K, Spectrum, water_filling
+from robustbox.attacks.spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
 from robustbox.attacks.waterfill import Waterfill
 from robustbox.errors import InputError
 from tests.attacks.analytic import Flat, check_box, unit
@@ -71,23 +71,20 @@ def planted(spectrum: Spectrum, keep: Tensor, n: int, signs: int, sent: float | 
     """Let n images with unit normals of deviations `keep` [C,H,W] tell `signs` signs each under white noise, `sent` in part."""
     generator = torch.Generator().manual_seed(0)
     white = torch.ones(keep.shape)
-    for _ in range(n):
+    for number in [spectrum.enter() for _ in range(n)]:
         normal = torch.randn(keep.shape, generator=generator) * keep
         normal /= normal.norm()
         u = torch.randn(signs, *keep.shape, generator=generator) * sent
         s = (u.flatten(1) @ normal.flatten()).sign()
         evidence = Evidence(keep)
-        total, *shuffled = (
-            (order @ u.flatten(1)).view(keep.shape)
-            for order in (s, *(s[torch.randperm(signs, generator=generator)] for _ in range(4)))
-        )
-        evidence.add(total, signs, white, torch.tensor(1.0))
+        orders = [s, *(s[torch.randperm(signs, generator=generator)] for _ in range(SHUFFLES))]
+        evidence.add((torch.stack(orders) @ u.flatten(1)).view(-1, *keep.shape), signs, white, torch.tensor(1.0))
         if isinstance(sent, float):
             estimate = evidence.mean(torch.full(keep.shape, 1 / keep.numel()))
             cosine = float((estimate * normal).sum() / estimate.norm())
             expected = (K * K * signs / (K * K * signs + keep.numel())) ** 0.5
             assert cosine == pytest.approx(expected, abs=0.1)  # the density law
-        spectrum.learn(total, torch.stack(shuffled), signs, white)
+        spectrum.learn(number, evidence)
 
 
 def test_a_planted_colour_is_learnt() -> None:
@@ -123,7 +120,7 @@ def test_noise_that_was_clipped_is_not_taken_for_a_normal_that_does_not_vary() -
 def test_the_arcs_tangent_is_ruled_out() -> None:
     evidence, prior = Evidence(torch.zeros(3, 4, 4)), torch.full((3, 4, 4), 1 / 48)
     noise = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.5
-    evidence.add(5 * unit((3, 4, 4), 3), 40, noise, torch.tensor(1.0))
+    evidence.add(5 * unit((3, 4, 4), 3).expand(1 + SHUFFLES, 3, 4, 4), 40, noise, torch.tensor(1.0))
     tangent = unit((3, 4, 4), 4)
     assert abs(float((evidence.mean(prior) * tangent).sum())) > 1e-3
     evidence.rule_out(tangent, prior)

@@ -2,11 +2,11 @@
 
 Normals n are unit vectors, their coefficients n_i in an orthonormal basis (`blocks.py`) independent with variance c_i, sum 1:
 
-    c_i ~ exp(-1.5 a_i) / (1 + (f_i / F)^2) l_band l_cell
+    c_i ~ exp(-2 a_i) l_band l_cell    for grey,    and for the colours (all that is not grey) that over 1 + (4 f_i / f_max)^2,
 
-for f_i cycles an image and a squared distance a_i from its middle (1 at a border). Grey fades at F of twice the finest
-frequency that the image can hold, colours (all that is not grey) at a quarter of it: there the networks seen differ least. The
-factors l of frequency bands, apart for each colour, and of the 16 cells of the image are learnt, from 1 on.
+for f_i cycles an image, at most f_max along an axis, and a squared distance a_i from its middle (1 at a border). In this the
+networks looked at are alike; in how grey is spread over the frequencies they are not. The factors l of frequency bands, apart
+for each colour, and of the 16 cells of the image are learnt, from 1 on.
 
 The sign of <n, u> under noise u with variances s_i has E[sign u_i] = k s_i n_i / tau, k^2 = 2 / pi, tau^2 = sum s_i n_i^2.
 So q signs tell of n_i what a measurement with noise of variance 1 / I_i does, I_i = k^2 q s_i / tau^2, and n_i is known to the
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .blocks import blocks
 
-AWAY, GREY, COLOUR = 1.5, 2.0, 0.25
-"""The cautious prior: how fast normals fade from the middle, and where grey and colours do, over the finest frequency."""
+AWAY, COLOUR = 2.0, 0.25
+"""The cautious prior: how fast normals fade from the middle, and where colours do, over the finest frequency along an axis."""
 BANDS = 5
 SHUFFLES = 4
 """How often signs are shuffled among their rows, to hear what tells nothing."""
@@ -98,10 +98,10 @@ class Spectrum:
     """The variances of normals, learnt from the evidence of one image, or of all images of a run.
 
     Each update is a step of Fisher scoring on the logarithms of the factors. What was heard of a coefficient has the variance
-    V_i + c_i I_i^2 with the noise V_i of the evidence. It is taken as it was heard: what arcs
-    rule out lies along the estimate, and without it those coefficients would seem to vary least that were asked most. The noise
-    is measured by the signs in other orders, since clipping to the box takes its share of it. What all groups have in common is
-    left out (the normal's length is known), and an image moves a factor by its own share of the information.
+    V_i + c_i I_i^2 with the noise V_i of the evidence. It is taken as it was heard: what arcs rule out lies along the estimate,
+    and without it those coefficients would seem to vary least that were asked most. The noise is measured by the signs in other
+    orders, since clipping to the box takes its share of it. What all groups have in common is left out (the normal's length is
+    known), and an image moves a factor by its own share of the information.
 
     Args:
         like: an image [C,H,W].
@@ -111,9 +111,9 @@ class Spectrum:
         channels, height, width = shape = (*like.shape,)
         device = like.device
         self.basis = basis = blocks(shape, device)
-        fade = torch.full((channels, 1, 1), COLOUR * max(height, width) / 2, device=device)
-        fade[0] = GREY * max(height, width) / 2
-        self._base = torch.exp(-AWAY * basis.away) / (1 + (basis.cycles / fade).square())
+        fine = (basis.cycles / (COLOUR * max(height, width) / 2)).square().expand(shape).clone()
+        fine[0] = 0  # grey
+        self._base = torch.exp(-AWAY * basis.away) / (1 + fine)
         band = (basis.cycles * (BANDS * 0.999 / max(float(basis.cycles.max()), 1e-9))).long()
         colour = torch.arange(channels, device=device).view(-1, 1, 1)
         groups = (colour * BANDS + band, basis.cell.expand(shape))

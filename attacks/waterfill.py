@@ -5,8 +5,8 @@ estimates the boundary's normal n from them, and searches the semicircle between
 as CGBA does (`cgba.py`). What differs is how few labels it takes:
 
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
-  (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours less than
-  grey but for the lowest frequencies) and are learnt from the answers (`spectrum.py`).
+  (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours in low
+  frequencies alone) and are learnt from the answers (`spectrum.py`).
 - **Noise.** Its variances share the queries out over the coefficients by water-filling: few queries see a small subspace, many
   see all. It has no part along v, since how steeply the boundary crosses the ray is not asked, nor along the normal expected so
   far: where cos(n, known) = 0.7, the unknown rest alone then decides the signs, and each tells twice as much of it.

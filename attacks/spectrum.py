@@ -113,7 +113,7 @@ class Spectrum:
         self.basis = basis = blocks(shape, device)
         fine = (basis.cycles / (COLOUR * max(height, width) / 2)).square().expand(shape).clone()
         fine[0] = 0  # grey
-        self._base = torch.exp(-AWAY * basis.away) / (1 + fine)
+        self._base: Tensor = torch.exp(-AWAY * basis.away) / (1 + fine)
         band = (basis.cycles * (BANDS * 0.999 / max(float(basis.cycles.max()), 1e-9))).long()
         colour = torch.arange(channels, device=device).view(-1, 1, 1)
         groups = (colour * BANDS + band, basis.cell.expand(shape))

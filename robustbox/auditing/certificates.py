@@ -12,9 +12,10 @@ from typing import Any
 from robustbox.certify import CERTIFIED, CertifyConfig
 from robustbox.certify import run as certify
 from robustbox.errors import InputError, ModelError
+from robustbox.inputs import resolve_defenses
 
 from .plan import System, data_of, images_of
-from .spec import AuditSpec, matches
+from .spec import AuditSpec, CertifyEntry, matches
 from .world import World
 
 
@@ -57,17 +58,14 @@ def certifications(spec: AuditSpec, systems: list[System], world: World, out: Pa
             continue
         if len(entries) > 1:
             raise InputError(f"{system.id} is to be certified twice: one entry of `certify` for each defended model")
-        if system.model.model in world.models or system.defense.options:
-            raise InputError(
-                f"{system.id} cannot be certified: it takes a registered model, and a defense without options"
-            )
+        if system.model.model in world.models:
+            raise InputError(f"{system.id} cannot be certified: it takes a registered model")
         entry = entries[0]
         config: dict[str, Any] = {
             "model": system.model.model,
             "data": data_of(system.model),
             "images": len(images_of(system.model, spec, world)[1]),
-            "defense": system.defense.defense,
-            "sigma": entry.sigma,
+            **_smoothed(system, entry),
             "n0": entry.n0,
             "n": entry.n,
             "alpha": entry.alpha,
@@ -79,3 +77,21 @@ def certifications(spec: AuditSpec, systems: list[System], world: World, out: Pa
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
         folder = str(out / "certified" / f"{system.id}.{digest}")
         yield Certification(system, CertifyConfig(**config, out=folder, quiet=True))
+
+
+def _smoothed(system: System, entry: CertifyEntry) -> dict[str, Any]:
+    """What is smoothed, and how: a system behind `smoothing` is certified as it is, any other one as it would be behind it."""
+    chain = system.defense.defense or []
+    chain = [chain] if isinstance(chain, str) else chain
+    if chain[:1] == ["smoothing"]:
+        noise = resolve_defenses(chain, system.defense.options)[0].options()
+        if entry.sigma not in (None, noise["sigma"]):
+            raise InputError(
+                f"{system.id} smooths with sigma {noise['sigma']}: leave sigma out of its entry of `certify`"
+            )
+        return {"defense": chain[1:] or None, "sigma": noise["sigma"], "clip": noise["clip"]}
+    if entry.sigma is None:
+        raise InputError(f"{system.id} is not smoothed: its entry of `certify` must say by which sigma")
+    if system.defense.options:
+        raise InputError(f"{system.id} cannot be certified: it takes a defense without options")
+    return {"defense": system.defense.defense, "sigma": entry.sigma}

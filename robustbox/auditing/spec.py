@@ -135,9 +135,12 @@ class PreflightEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class CertifyEntry:
-    """Which defended models are smoothed with noise of `sigma` and certified; the rest as in `python -m robustbox.certify`."""
+    """Which defended models are certified: those behind `smoothing` as they are, others smoothed with noise of `sigma`.
 
-    sigma: float
+    The rest as in `python -m robustbox.certify`.
+    """
+
+    sigma: float | None = None
     n0: int = 100
     n: int = 10_000
     alpha: float = 0.001
@@ -148,7 +151,7 @@ class CertifyEntry:
     @property
     def name(self) -> str:
         """For errors."""
-        return f"certify at {self.sigma:g}"
+        return "certify" if self.sigma is None else f"certify at {self.sigma:g}"
 
 
 @dataclass(frozen=True, kw_only=True)

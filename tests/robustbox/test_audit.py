@@ -294,6 +294,22 @@ def test_certificates_are_counted_and_bounded(tmp_path: Path) -> None:
     assert timeless(json.loads((tmp_path / "out" / "audit.json").read_text())) == before
 
 
+def test_a_smoothed_model_is_certified_as_it_is(tmp_path: Path) -> None:
+    smoothing = {"defense": ["smoothing", "bit-depth"], "name": "s"}
+    chain: dict[str, Any] = {"attacks": ["square"], "defenses": [smoothing], "certify": [{"n0": 10, "n": 50}]}
+    alone = {**chain, "defenses": [{"defense": "smoothing", "options": {"sigma": 0.1, "n": 4, "alpha": None}}]}
+    configs = []
+    for name, spec in (("chain", chain), ("alone", alone)):
+        audit = Audit(load(written(tmp_path, **spec)), tmp_path / name, World())
+        (certification,) = audit.certifications
+        configs.append(certification.config)
+    assert [(c.defense, c.sigma, c.n) for c in configs] == [(["bit-depth"], 0.25, 50), (None, 0.1, 50)]
+    for wrong, says in (({"sigma": 0.3}, "leave sigma out"), ({"defenses": "none"}, "by which sigma")):
+        spec = {**alone, "defenses": ["none", *alone["defenses"]], "certify": [{"defenses": "smoothing", **wrong}]}
+        with pytest.raises(InputError, match=says):
+            Audit(load(written(tmp_path, **spec)), tmp_path / says, World())
+
+
 def test_after_an_interrupt_the_report_says_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(cell: Cell, world: World, watch: object = None) -> Outcome:
         if cell.attack == "square":

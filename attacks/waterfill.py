@@ -13,8 +13,8 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
 - **Estimator.** Gaussian evidence with its precision, faded by `memory` an iteration; the estimate is the posterior mean, which
   shrinks what was hardly asked. Noise is taken as it was sent, after clipping to the box. The arc's end tells one thing more:
   in its plane the boundary is nearest there, so the normal has no part along the arc's tangent.
-- **Search.** The arc is tried at the last angle first, outward or inward from there, then halved to 3 % of R: about 5 rows.
-  After answers of which more than 85 % succeed the search is made more precise, until the noise sees the boundary again.
+- **Search.** The arc is tried at the last angle first, outward or inward from there, then halved to 3 % of R (linf 1 %): about
+  5 rows. After answers of which more than 85 % succeed it is made more precise, until the noise sees the boundary again.
 
 Noise has the length 0.3 R, but at least 1.3 grey levels a pixel where rows are rounded: real boundaries are flat for random
 directions, and long noise forgives a coarse search. One-sided answers halve it.
@@ -22,9 +22,9 @@ directions, and long noise forgives a coarse search. One-sided answers halve it.
 In linf (no semicircle there) the step is HopSkipJump's, along the sign of the estimate, R / sqrt(t) long and halved until it
 reaches the goal, and the ball is shrunk around x until it fails; noise is 0.15 R a pixel, with no direction left out.
 
-Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes, n0 = 20 (towards a target 6: far from x the boundary turns, and
-no estimate leads far), and about 5 rows of search (linf 8); the start search
-(`starts.find_start`) and one line search come first.
+Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 5 rows of search (linf 8); the start search
+(`starts.find_start`) and one line search come first. n0 is 20, in l2 towards a target 6: as far from x as targets are, the
+boundary turns before an estimate has led far, and many short iterations go further than few long ones.
 
 With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from the evidence of
 all images of a run, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.
@@ -60,11 +60,11 @@ from .noise import Noise
 from .spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
 from .starts import find_start
 
-N0 = (20, 6)
-"""Rows of the first estimate, untargeted and towards a target: far from the image a boundary turns fast."""
+N0 = {"l2": (20, 6), "linf": (20, 20)}
+"""Rows of the first estimate, untargeted and towards a target."""
 NOISE = {"l2": 0.3, "linf": 0.15}
 """Noise over the distance: its length l2, or in linf its standard deviation a pixel."""
-PRECISION = 0.03
+PRECISION = {"l2": 0.03, "linf": 0.01}
 """Bracket at which a search ends, over the distance."""
 DEEP, FINEST = 0.85, 1e-4
 """The share of successes from which on the search is made more precise, and how precise it becomes at most."""
@@ -79,7 +79,7 @@ class Waterfill(Attack):
     """Waterfill: noise shared out by water-filling over a learnt spectrum of normals. Minimises l2 or linf, knows labels only.
 
     Args:
-        n0: rows of the first normal estimate; estimate t takes floor(n0 sqrt(t)). Default: 20, towards a target 6.
+        n0: rows of the first normal estimate; estimate t takes floor(n0 sqrt(t)). Default: 20, in l2 towards a target 6.
         memory: share of the evidence that is kept from one iteration to the next.
         learn: learn the spectrum from the answers; else the prior stays as it was at the start.
         share_prior: learn it from all images of a run together; images are then no longer independent.
@@ -110,13 +110,14 @@ class Waterfill(Attack):
         return [self._search(task, common or Spectrum(task.image)) for task in tasks]
 
     def _search(self, task: Task, spectrum: Spectrum) -> Search:
+        coarse = PRECISION[task.norm]
         knob, number, evidence = radius_knob(task.image), spectrum.enter(), Evidence(task.image)
         point = yield from find_start(task)
         if point is None:
             return
-        point, _ = yield from inward(task, point, FIRST, PRECISION)
-        guess, scale, precision = FIRST, 1.0, PRECISION
-        n0 = self.n0 or N0[task.target is not None]
+        point, _ = yield from inward(task, point, FIRST, coarse)
+        guess, scale, precision = FIRST, 1.0, coarse
+        n0 = self.n0 or N0[task.norm][task.target is not None]
         for t in count(1):
             point = yield from hold(task, point)
             radius = float(distance(point - task.image, task.norm))
@@ -127,9 +128,9 @@ class Waterfill(Attack):
             rows = max(min(int(n0 * math.sqrt(t)), task.remaining - SEARCH), 1)
             evidence.fade(self.memory)
             share = yield from _ask(task, point, sigma, rows, spectrum, evidence, knob)
-            precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, PRECISION)
+            precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, coarse)
             if share == 1:  # too deep inside, or on a ridge that noise leaves on both sides
-                point, _ = yield from inward(task, point, PRECISION, precision)
+                point, _ = yield from inward(task, point, coarse, precision)
             scale = max(scale / 2, 1 / 64) if share in (0, 1) else min(scale * 1.5, 1.0)
             if not 0 < share < 1:
                 continue

@@ -1,6 +1,6 @@
 """Random features beside input noise at the same drop in accuracy and no defense, under six attacks and under EOT.
 
-    python scripts/eval_random_features.py run cifar|imagenet [--hours H]      cells go to build/random-features, one file each
+    python scripts/eval_random_features.py run cifar|imagenet [--hours H] [--attacks A ...]      cells go to build/random-features, one file each
     python scripts/eval_random_features.py table cifar|imagenet                the tables of docs/random-features.md
 
 A cell is one attack on one defended model; `run` goes through them in order of importance and on from where it stopped.
@@ -120,8 +120,8 @@ def scales(name: str, box: BlackBox, images: Tensor, labels: Tensor) -> dict[str
     return found
 
 
-def run(name: str, hours: float) -> None:
-    """Fight the cells that are not there yet, until the time is up."""
+def run(name: str, hours: float, attacks: list[str]) -> None:
+    """Fight the cells of some attacks that are not there yet, until the time is up."""
     setting, end = SETTINGS[name], time.monotonic() + 3600 * hours
     model = rb.load_model(setting.model)
     box = as_black_box(model)
@@ -131,7 +131,7 @@ def run(name: str, hours: float) -> None:
     chosen = np.flatnonzero(seen)[: setting.images]
     for attack, defense, drop, eot in cells(name):
         path = OUT / name / f"{attack}-{defense}-{drop}-eot{eot}.json"
-        if path.exists():
+        if path.exists() or attack not in attacks:
             continue
         if time.monotonic() > end:
             return
@@ -206,8 +206,9 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("setting", choices=tuple(SETTINGS))
     parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=ATTACKS, help="what `run` runs (all)")
     arguments = parser.parse_args()
     if arguments.what == "run":
-        run(arguments.setting, arguments.hours)
+        run(arguments.setting, arguments.hours, arguments.attacks)
     else:
         table(arguments.setting)

@@ -1,9 +1,10 @@
 """Random features beside input noise at the same drop in accuracy and no defense, under six attacks and under EOT.
 
-    python scripts/eval_random_features.py run cifar|imagenet [--hours H] [--attacks A ...]      cells go to build/random-features, one file each
-    python scripts/eval_random_features.py table cifar|imagenet                the tables of docs/random-features.md
+    python scripts/eval_random_features.py run cifar|imagenet [--hours H] [--attacks A ...]
+    python scripts/eval_random_features.py table cifar|imagenet
 
-A cell is one attack on one defended model; `run` goes through them in order of importance and on from where it stopped.
+`run` writes a file a cell under build/random-features, `table` prints them for docs/random-features.md. A cell is one
+attack on one defended model; `run` goes through them in order of importance and on from where it stopped.
 An image's result does not depend on the others: of a cell with more images than are asked for now, the first ones count.
 The scale of each defense is the largest whose drop, by its upper 95 % bound on images that are never attacked, is at most
 1 % or 2 %. Needs the real data (`ROBUSTBOX_DATA`, else ../shared/data).

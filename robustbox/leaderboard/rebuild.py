@@ -146,6 +146,7 @@ def _distances(folder: Path, images: Sequence[Mapping[str, Any]], adversarials: 
     if originals is None:
         return ["the attacked images are not to be had: their hashes and distances cannot be checked"]
     far = distance(adversarials - originals, norm).double().numpy()  # type: ignore[arg-type]
+    far[adversarials.flatten(1).isnan().any(dim=1).numpy()] = np.nan  # none was found: l0 would count its pixels
     said = np.array([np.nan if image["distance"] is None else image["distance"] for image in images])
     off = ~np.isclose(far, said, rtol=1e-5, atol=1e-6, equal_nan=True)
     return [f"image {i}: its adversarial is at {far[i]:.6g}, not at {said[i]:.6g}" for i in np.flatnonzero(off)]

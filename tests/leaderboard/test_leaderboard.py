@@ -87,6 +87,18 @@ def test_a_true_entry_is_verified(site: Path, runs: Path, name: str, capsys: pyt
     assert capsys.readouterr().out == f"{name}: everything is as the entry says\n"
 
 
+def test_images_that_stood_against_pixels_are_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "digits-cnn", "--images", "6", "--attack", "random-pixels", "--epsilon", "1", "--budget", "8"]
+    assert attack([*words, "--quiet", "--out", str(tmp_path / "runs" / "pixels")]) == 0
+    result = json.loads((tmp_path / "runs" / "pixels" / "results.json").read_text())
+    assert any(image["distance"] is None for image in result["images"])
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "site"), "--no-cost"]) == 0
+    capsys.readouterr()
+    entry = str(tmp_path / "site" / "entries" / "digits-cnn.json")
+    assert main(["--verify", entry, "--runs", str(tmp_path / "runs")]) == 0
+    assert "everything is as the entry says" in capsys.readouterr().out
+
+
 def test_a_figure_that_its_runs_do_not_make_is_found(
     site: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -216,7 +216,9 @@ class BayesSubspace(Attack):
             process.tell_side(point, told, above)
         while True:
             with torch.no_grad():
-                points = self._candidate(process, space, None if space.corners else min(ROOM / len(space.asked), WIDEST))
+                points = self._candidate(
+                    process, space, None if space.corners else min(ROOM / len(space.asked), WIDEST)
+                )
                 threshold = min(max(float(process.moments(points)[0]), least), 1.0)
             answer = yield Query(space.rows(points, epsilon / threshold), "step")
             above = task.reached_any(answer)

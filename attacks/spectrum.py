@@ -2,11 +2,10 @@
 
 Normals n are unit vectors, their coefficients n_i in an orthonormal basis (`blocks.py`) independent with variance c_i, sum 1:
 
-    c_i ~ exp(-2 a_i) l_band l_cell    for grey,    and for the colours (all that is not grey) that over 1 + (4 f_i / f_max)^2,
+    c_i ~ 0.3 [a colour, not grey] / (1 + (f_i / 40)^2) exp(-a_i) l_band l_cell
 
-for f_i cycles an image, at most f_max along an axis, and a squared distance a_i from its middle (1 at a border). In this the
-networks looked at are alike; in how grey is spread over the frequencies they are not. The factors l of frequency bands, apart
-for each colour, and of the 16 cells of the image are learnt, from 1 on.
+for f_i cycles an image and a squared distance a_i from its middle (1 at a border). The factors l of frequency bands, apart for
+each colour, and of the 16 cells of the image are learnt, from 1 on.
 
 The sign of <n, u> under noise u with variances s_i has E[sign u_i] = k s_i n_i / tau, k^2 = 2 / pi, tau^2 = sum s_i n_i^2.
 So q signs tell of n_i what a measurement with noise of variance 1 / I_i does, I_i = k^2 q s_i / tau^2, and n_i is known to the
@@ -27,8 +26,8 @@ from torch import Tensor
 
 from .blocks import blocks
 
-AWAY, COLOUR = 2.0, 0.25
-"""The cautious prior: how fast normals fade from the middle, and where colours do, over the finest frequency along an axis."""
+COLOUR, CYCLES = 0.3, 40.0
+"""The cautious prior: how much less a colour varies than grey, and where the frequencies begin to fade."""
 BANDS = 5
 SHUFFLES = 4
 """How often signs are shuffled among their rows, to hear what tells nothing."""
@@ -108,12 +107,12 @@ class Spectrum:
     """
 
     def __init__(self, like: Tensor) -> None:
-        channels, height, width = shape = (*like.shape,)
+        channels, *_ = shape = (*like.shape,)
         device = like.device
         self.basis = basis = blocks(shape, device)
-        fine = (basis.cycles / (COLOUR * max(height, width) / 2)).square().expand(shape).clone()
-        fine[0] = 0  # grey
-        self._base: Tensor = torch.exp(-AWAY * basis.away) / (1 + fine)
+        grey = torch.full((channels, 1, 1), COLOUR, device=device)
+        grey[0] = 1
+        self._base: Tensor = grey / (1 + (basis.cycles / CYCLES).square()) * torch.exp(-basis.away)
         band = (basis.cycles * (BANDS * 0.999 / max(float(basis.cycles.max()), 1e-9))).long()
         colour = torch.arange(channels, device=device).view(-1, 1, 1)
         groups = (colour * BANDS + band, basis.cell.expand(shape))

@@ -5,16 +5,16 @@ estimates the boundary's normal n from them, and searches the semicircle between
 as CGBA does (`cgba.py`). What differs is how few labels it takes:
 
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
-  (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours in low
-  frequencies alone) and are learnt from the answers (`spectrum.py`).
+  (`blocks.py`) are independent. Their variances start from a cautious prior (grey more than colours, the middle more than the
+  border, frequencies below 40 cycles an image more than those above) and are learnt from the answers (`spectrum.py`).
 - **Noise.** Its variances share the queries out over the coefficients by water-filling: few queries see a small subspace, many
   see all. It has no part along v, since how steeply the boundary crosses the ray is not asked, nor along the normal expected so
   far: where cos(n, known) = 0.7, the unknown rest alone then decides the signs, and each tells twice as much of it.
 - **Estimator.** Gaussian evidence with its precision, faded by `memory` an iteration; the estimate is the posterior mean, which
   shrinks what was hardly asked. Noise is taken as it was sent, after clipping to the box. The arc's end tells one thing more:
   in its plane the boundary is nearest there, so the normal has no part along the arc's tangent.
-- **Search.** The arc is tried at the last angle first, outward or inward from there, then halved to 3 % of R (linf 1 %): about
-  5 rows. After answers of which more than 85 % succeed it is made more precise, until the noise sees the boundary again.
+- **Search.** The arc is tried at the last angle first, outward or inward from there, then halved to 1 % of R: about 5 rows.
+  After answers of which more than 85 % succeed it is made more precise, until the noise sees the boundary again.
 
 Noise has the length 0.3 R, but at least 1.3 grey levels a pixel where rows are rounded: real boundaries are flat for random
 directions, and long noise forgives a coarse search. One-sided answers halve it.
@@ -29,9 +29,9 @@ boundary turns before an estimate has led far, and many short iterations go furt
 With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from the evidence of
 all images of a run, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.
 
-It loses where normals are the contrary of the prior (fine colours, border without middle) and few queries are spent; where the
-boundary turns fast against R, since evidence is then stale; and it gains little where the image has few dimensions or thousands
-of queries are spent: then any noise finds the normal.
+It loses where normals are the contrary of the prior (colour without grey, border without middle, the finest frequencies of
+large images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; and it gains
+little where the image has few dimensions or thousands of queries are spent: then any noise finds the normal.
 
 The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. Where answers are
 stochastic, every iteration first asks x_b again and steps outward while it fails (`moves.hold`).
@@ -64,7 +64,7 @@ N0 = {"l2": (20, 6), "linf": (20, 20)}
 """Rows of the first estimate, untargeted and towards a target."""
 NOISE = {"l2": 0.3, "linf": 0.15}
 """Noise over the distance: its length l2, or in linf its standard deviation a pixel."""
-PRECISION = {"l2": 0.03, "linf": 0.01}
+PRECISION = 0.01
 """Bracket at which a search ends, over the distance."""
 DEEP, FINEST = 0.85, 1e-4
 """The share of successes from which on the search is made more precise, and how precise it becomes at most."""
@@ -110,13 +110,12 @@ class Waterfill(Attack):
         return [self._search(task, common or Spectrum(task.image)) for task in tasks]
 
     def _search(self, task: Task, spectrum: Spectrum) -> Search:
-        coarse = PRECISION[task.norm]
         knob, number, evidence = radius_knob(task.image), spectrum.enter(), Evidence(task.image)
         point = yield from find_start(task)
         if point is None:
             return
-        point, _ = yield from inward(task, point, FIRST, coarse)
-        guess, scale, precision = FIRST, 1.0, coarse
+        point, _ = yield from inward(task, point, FIRST, PRECISION)
+        guess, scale, precision = FIRST, 1.0, PRECISION
         n0 = self.n0 or N0[task.norm][task.target is not None]
         for t in count(1):
             point = yield from hold(task, point)
@@ -128,9 +127,9 @@ class Waterfill(Attack):
             rows = max(min(int(n0 * math.sqrt(t)), task.remaining - SEARCH), 1)
             evidence.fade(self.memory)
             share = yield from _ask(task, point, sigma, rows, spectrum, evidence, knob)
-            precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, coarse)
+            precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, PRECISION)
             if share == 1:  # too deep inside, or on a ridge that noise leaves on both sides
-                point, _ = yield from inward(task, point, coarse, precision)
+                point, _ = yield from inward(task, point, PRECISION, precision)
             scale = max(scale / 2, 1 / 64) if share in (0, 1) else min(scale * 1.5, 1.0)
             if not 0 < share < 1:
                 continue

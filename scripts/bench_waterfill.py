@@ -81,8 +81,8 @@ def isotropic(variances: Tensor, queries: float) -> Tensor:
 
 REMOVED: dict[str, dict[str, Any]] = {
     "without water-filling (white noise)": {"waterfill.water_filling": isotropic},
-    "without the colours' prior": {"spectrum.COLOUR": 1e9},
-    "without the middle's prior": {"spectrum.AWAY": 0.0},
+    "without the colours' prior": {"spectrum.COLOUR": 1.0},
+    "without the frequencies' prior": {"spectrum.CYCLES": 1e9},
     "without the arc's evidence": {"spectrum.Evidence.rule_out": lambda *_: None},
     "with halving alone after the first angle": {"moves.WIDER": 1e9, "moves.NARROWER": 2.0},
     "with short noise (0.05 R)": {"waterfill.NOISE": {"l2": 0.05, "linf": 0.05}},

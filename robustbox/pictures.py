@@ -53,7 +53,7 @@ def heat_map(
         for name, its in zip(rows, cells, strict=True)
     )
     return Markup(
-        '<div class="scroll"><table class="heat"><caption>{}</caption>'
+        '<div class="scroll"><table class="heat"><caption><span>{}</span></caption>'
         "<thead><tr><th>{}</th>{}</tr></thead><tbody>{}</tbody></table></div>"
     ).format(caption, corner, head, body)
 

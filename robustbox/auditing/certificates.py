@@ -12,7 +12,6 @@ from typing import Any
 from robustbox.certify import CERTIFIED, CertifyConfig
 from robustbox.certify import run as certify
 from robustbox.errors import InputError, ModelError
-from robustbox.inputs import resolve_defenses
 
 from .plan import System, data_of, images_of
 from .spec import AuditSpec, CertifyEntry, matches
@@ -84,7 +83,7 @@ def _smoothed(system: System, entry: CertifyEntry) -> dict[str, Any]:
     chain = system.defense.defense or []
     chain = [chain] if isinstance(chain, str) else chain
     if chain[:1] == ["smoothing"]:
-        noise = resolve_defenses(chain, system.defense.options)[0].options()
+        noise = system.recipes()[0].options()
         if entry.sigma not in (None, noise["sigma"]):
             raise InputError(
                 f"{system.id} smooths with sigma {noise['sigma']}: leave sigma out of its entry of `certify`"

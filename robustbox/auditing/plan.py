@@ -16,7 +16,7 @@ from robustbox import inputs, setting
 from robustbox.api import worst_case
 from robustbox.config import AttackConfig
 from robustbox.errors import InputError
-from robustbox.protocol import BlackBox
+from robustbox.protocol import BlackBox, Defense
 
 from .cells import Cell
 from .spec import AttackEntry, AuditSpec, DefenseEntry, ModelEntry, ThreatEntry, matches
@@ -30,6 +30,10 @@ class System:
     id: str
     model: ModelEntry
     defense: DefenseEntry
+
+    def recipes(self) -> list[Defense]:
+        """What stands around the model, outermost first."""
+        return inputs.resolve_defenses(self.defense.defense, self.defense.options)
 
 
 @dataclass(frozen=True)

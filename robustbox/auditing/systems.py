@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from robustbox import inputs
-from robustbox.protocol import BlackBox, Defense
+from robustbox.protocol import BlackBox
 
 from .cells import Cell
 from .flags import Flag, flag
@@ -19,7 +19,7 @@ from .world import World
 def subject_of(system: System, spec: AuditSpec, world: World) -> Subject:
     """A defended model as the pre-flight looks at it."""
     model, images, labels = images_of(system.model, spec, world)
-    recipes = _recipes(system)
+    recipes = system.recipes()
 
     def build() -> BlackBox:
         box = model
@@ -36,7 +36,7 @@ def subject_of(system: System, spec: AuditSpec, world: World) -> Subject:
 
 def benign_of(system: System, refused: Document) -> Document:
     """`benign/ID.json`: natural images that a defense refused."""
-    recipes = [{"name": recipe.name, "options": recipe.options()} for recipe in _recipes(system)]
+    recipes = [{"name": recipe.name, "options": recipe.options()} for recipe in system.recipes()]
     return {"schema": 1, "model": system.model.model, "defense": recipes, **refused, "confidence": 0.95}
 
 
@@ -77,7 +77,3 @@ def _flags(seen: Document, cells: Sequence[Cell]) -> list[Flag]:
     if cells and (n := cells[0].config.images or 0) < 100:
         flags.append(flag("few-images", f"{n} images"))
     return flags
-
-
-def _recipes(system: System) -> list[Defense]:
-    return inputs.resolve_defenses(system.defense.defense, system.defense.options)

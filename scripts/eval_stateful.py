@@ -285,7 +285,6 @@ def render(cells: dict[str, Any]) -> str:
         text += [title + ("" if bans == "-" else f"; banned at the first hit, accounts: {bans}"), ""]
         header = ["gate", "attack", "way", f"success at {' / '.join(f'{mark:,}' for mark in marks)}", *COLUMNS]
         rows = [[*names, *line(records, marks)] for names, records in sorted(group.items(), key=_order)]
-        rows = [[*row[:2], row[2] + r" \*" * mark, *row[3:]] for row, mark in zip(rows, earlier(group), strict=True)]
         text += [*markdown(header, rows), *not_run(group)]
         if bans == "-" and (bought := ratios(cells, size)):
             text += [RATIOS.strip(), ""]
@@ -298,11 +297,6 @@ def render(cells: dict[str, Any]) -> str:
         ]
         text += markdown(["gate", "hits", "95 % (Clopper-Pearson)", "ms a query", "bytes a query"], rows)
     return "\n".join(text)
-
-
-def earlier(group: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[bool]:
-    """Which rows of a group stand on cells that the attack of today would not make."""
-    return [any(record.get("earlier") for record in records) for _, records in sorted(group.items(), key=_order)]
 
 
 def ratios(cells: dict[str, Any], size: str) -> list[list[str]]:
@@ -374,7 +368,7 @@ COLUMNS = [
 RATIOS = """
 Queries to the first success, means over images and seeds, where every image fell; intervals by bootstrap over images.
 """
-INTRODUCTION = r"""
+INTRODUCTION = """
 Written by `python scripts/eval_stateful.py`; the script's head says how each figure comes about.
 
 ResNet-20, the first CIFAR-10 images that it classifies correctly; targeted (the class after the true one, starts from 500 other
@@ -382,8 +376,7 @@ images) within l2 2.77 or, NES, linf 0.05; Square untargeted within linf 0.05, S
 counts, refused ones and calibration too. Success: a row inside the ball that the gate let pass and the model answered with
 the goal. *fresh*: the same row, sent by another account at the end. *free*: successes within the first 3 queries. Medians count
 failures as infinite. Detected: at least one row was refused, or, by a silent gate, noted. Milliseconds are wall clock, on a
-machine that was busy with other work. \*: measured before HopSkipJump and QEBA centred a gate's noise further out
-(`hop_skip_jump.Lift`), and not again since.
+machine that was busy with other work.
 """
 
 

@@ -15,15 +15,13 @@ from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, Kind, Knob, Q
 
 from .calibration import REFERENCE_ROUNDS, Bounds, Dial, reference_bounds
 from .spacing import Keeper
-from .wrapper import Collected
+from .wrapper import Collected, Unit, units
 
 if TYPE_CHECKING:
     from .oars import OARS
 
 MOVES = 3
 """Times that a refused row which cannot be drawn again is moved and asked again."""
-Unit = tuple[int, ...]
-"""Positions of rows that are of use only together."""
 
 
 class Passage:
@@ -66,16 +64,16 @@ class Passage:
         rows, drawn = query.rows.clone(), torch.full((len(query.rows),), self._epoch)
         dials = [self._dial(knob) for knob in query.knobs]
         collected = Collected(len(rows), self._last)
-        waiting, tries = deque(_units(query)), Counter[Unit]()
+        waiting, tries = deque(units(query)), Counter[Unit]()
         while waiting and self._in_a_row < self._settings.give_up:
             if self._settings.scout or self._reference:
                 for dial in dials:
                     yield from self._calibrate(dial)
             active = next((dial for dial in dials if not dial.useless), None)
-            units = self._portion(waiting, active)
-            positions = [position for unit in units for position in unit]
+            chosen = self._portion(waiting, active)
+            positions = [position for unit in chosen for position in unit]
             if query.redraw is not None and self._settings.scatter and query.kind == "probe":
-                positions = self._scatter(query, rows, units)
+                positions = self._scatter(query, rows, chosen)
             elif query.redraw is not None:
                 stale = [position for position in positions if drawn[position] != self._epoch]
                 if stale:
@@ -84,14 +82,14 @@ class Passage:
                 rows[positions], kept = self._keeper.place(rows[positions])
                 self._in_a_row += len(positions) - len(kept)  # not asked, but as good as refused
                 positions = [positions[k] for k in kept]
-                units = [unit for unit in units if unit[0] in positions]
+                chosen = [unit for unit in chosen if unit[0] in positions]
             if positions:
                 kind: Kind = "calibrate" if active is not None and active.search is not None else query.kind
                 answer = yield Query(rows[positions], kind, account=query.account)
                 collected.put(positions, answer)
                 self._learn(rows[positions], answer, active, random=query.redraw is not None)
                 bad = {p for p, status in zip(positions, answer.status.tolist(), strict=True) if status != ANSWERED}
-                for unit in units:
+                for unit in chosen:
                     if not bad.isdisjoint(unit) and tries[unit] < self._limit(query):
                         tries[unit] += 1
                         drawn[list(unit)] = -1
@@ -103,17 +101,17 @@ class Passage:
             self._epoch += 1
         return self._last
 
-    def _scatter(self, query: Query, rows: Tensor, units: list[Unit]) -> list[int]:
+    def _scatter(self, query: Query, rows: Tensor, chosen: list[Unit]) -> list[int]:
         """Draw each unit again at a scale of its own, and put them in random order."""
         assert query.redraw is not None
-        for unit in units:
+        for unit in chosen:
             stretch = math.exp(self._settings.scatter * float(torch.randn((), generator=self._order)))
             for knob in query.knobs:
                 knob.stretch = stretch
             rows[list(unit)] = query.redraw(list(unit))
         for knob in query.knobs:
             knob.stretch = 1.0
-        positions = [position for unit in units for position in unit]
+        positions = [position for unit in chosen for position in unit]
         order = torch.randperm(len(positions), generator=self._order).tolist()
         return [positions[k] for k in order]
 
@@ -124,13 +122,13 @@ class Passage:
     def _portion(self, waiting: deque[Unit], dial: Dial | None) -> list[Unit]:
         """The units to ask next: few rows while a refusal is likely, or dear."""
         if not self._careful and (dial is None or dial.tried):
-            units = list(waiting)
+            everything = list(waiting)
             waiting.clear()
-            return units
-        units = [waiting.popleft()]
-        while waiting and sum(map(len, units)) < self._settings.chunk:
-            units.append(waiting.popleft())
-        return units
+            return everything
+        few = [waiting.popleft()]
+        while waiting and sum(map(len, few)) < self._settings.chunk:
+            few.append(waiting.popleft())
+        return few
 
     def _learn(self, rows: Tensor, answer: Answer, dial: Dial | None, random: bool) -> None:
         """What the statuses of rows tell of the gate."""
@@ -201,13 +199,3 @@ class Passage:
         images = self._task.pool[0]
         index = int(torch.randint(len(images), (), generator=self._generator, device=self._task.image.device))
         return images[index : index + 1].to(self._task.image.device)
-
-
-def _units(query: Query) -> list[Unit]:
-    """Positions that are asked, and asked again, together."""
-    if query.groups is None:
-        return [(position,) for position in range(len(query.rows))]
-    members: dict[int, list[int]] = {}
-    for position, group in enumerate(query.groups):
-        members.setdefault(group, []).append(position)
-    return [tuple(positions) for positions in members.values()]

@@ -120,11 +120,14 @@ class Keeper:
         self._history.add(sketches)
 
     def _moved(self, row: Tensor, near: float) -> Tensor:
-        """A row [1,C,H,W] in the box, moved by noise of the length that it lacks; from the ball of an epsilon into it."""
-        task = self._task
-        length = math.sqrt((MARGIN * self.length) ** 2 - near**2)
-        noise = torch.randn(row.shape, generator=self._generator, device=row.device)
-        moved = row + length * F.normalize(noise.flatten(), dim=0).view_as(row)
-        if task.epsilon is not None and inside(float(distance(row - task.image, task.norm)), task.epsilon):
-            return fit(task, moved - task.image)
-        return moved.clamp_(0, 1)
+        """A row [1,C,H,W] moved by the length that it lacks."""
+        return moved(self._task, row, math.sqrt((MARGIN * self.length) ** 2 - near**2), self._generator)
+
+
+def moved(task: Task, row: Tensor, length: float, generator: torch.Generator) -> Tensor:
+    """A row [1,C,H,W] in the box, moved by white noise of an l2 length; from the ball of an epsilon into it."""
+    noise = torch.randn(row.shape, generator=generator, device=row.device)
+    elsewhere = row + length * F.normalize(noise.flatten(), dim=0).view_as(row)
+    if task.epsilon is not None and inside(float(distance(row - task.image, task.norm)), task.epsilon):
+        return fit(task, elsewhere - task.image)
+    return elsewhere.clamp_(0, 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robustbox import registry
 from robustbox.errors import InputError
-from robustbox.protocol import REJECTED, Answer, Attack, Search, Task
+from robustbox.protocol import REJECTED, Answer, Attack, Query, Search, Task
 
 W = TypeVar("W", bound="Wrapper")
 
@@ -85,6 +85,20 @@ def wrapped(wrapper: type[W], scheme: str, name: str) -> type[W]:
 
 def _options(part: type[Attack]) -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(part) if field.init}  # type: ignore[arg-type]
+
+
+Unit = tuple[int, ...]
+"""Positions of rows that are of use only together."""
+
+
+def units(query: Query) -> list[Unit]:
+    """Positions that are asked, and asked again, together."""
+    if query.groups is None:
+        return [(position,) for position in range(len(query.rows))]
+    members: dict[int, list[int]] = {}
+    for position, group in enumerate(query.groups):
+        members.setdefault(group, []).append(position)
+    return [tuple(positions) for positions in members.values()]
 
 
 class Collected:

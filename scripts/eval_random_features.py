@@ -55,7 +55,7 @@ class Setting:
 
 
 SETTINGS = {
-    "cifar": Setting("cifar10-resnet20", 8 / 255, 30, 2000, 1, 6, "stage:-1"),
+    "cifar": Setting("cifar10-resnet20", 8 / 255, 50, 2000, 1, 6, "stage:-1"),
     "imagenet": Setting("imagenet-efficientnet-lite0", 0.05, 12, 200, 1, 5, "stage:-1"),
 }
 RANGES = {"random-features": (0.5, 10.0), "input-noise": (0.005, 0.1)}

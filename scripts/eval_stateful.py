@@ -77,8 +77,10 @@ MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "oars-scatter": ("oars:{}", {"scatter": 0.35}),
     "blinded": ("blinded:{}", {}),
     "oars-blinded": ("oars:blinded:{}", {}),
+    "rehearsed": ("rehearsed:{}", {"gate": "{}"}),
+    "oars-rehearsed": ("oars:rehearsed:{}", {"gate": "{}"}),
 }
-"""Ways of attacking: the scheme around the attack, and its options."""
+"""Ways of attacking: the scheme around the attack, and its options, where {} stands for the gate."""
 USUAL = ["abort", "persist", "oars", "blinded"]
 MEANING = {
     "abort": "the attack as it is, ended by the first refusal",
@@ -91,6 +93,8 @@ MEANING = {
     "oars-scatter": "oars, each probe at a scale of its own, in random order",
     "blinded": "every row rolled by up to 2 pixels and mirrored at random",
     "oars-blinded": "oars around blinded",
+    "rehearsed": "every row drawn again in private until the attacker's own copy of the gate lets it pass",
+    "oars-rehearsed": "oars around rehearsed",
 }
 
 
@@ -153,7 +157,8 @@ def run(cell: Cell, images: int, budget: int) -> dict[str, Any]:
     if cell.gate != "none":
         ban = {} if cell.bans is None else {"action": "ban", "strikes": 1}
         box = gate = registry.load("defenses", cell.gate)(**ban).wrap(box, cell.seed)
-    watched = Watched(resolve_attack(scheme.format(cell.attack), options))
+    chosen = {name: value.format(cell.gate) if isinstance(value, str) else value for name, value in options.items()}
+    watched = Watched(resolve_attack(scheme.format(cell.attack), chosen))
     start = time.perf_counter()
     result = run_attack(
         box,

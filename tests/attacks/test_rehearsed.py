@@ -1,0 +1,185 @@
+"""Rehearsal: nothing that a gate without a secret would refuse is sent, and nothing is asked to find that out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from robustbox import registry, run_attack
+from robustbox.attacks.rehearsed import Rehearsed
+from robustbox.attacks.subspaces import enlarge
+from robustbox.attacks.wrapper import wrapped
+from robustbox.defenses.piha import PIHA
+from robustbox.errors import InputError
+from robustbox.protocol import REJECTED, Answer, BlackBox, Defense
+from tests.attacks.analytic import drive, task
+from tests.attacks.gates import Prober
+from tests.attacks.table import AWAY, Plane, images
+from tests.toys import HalfSpace
+
+
+class Apart(Defense):
+    """A gate without a secret: refuses rows within `spacing` (l2) of an earlier one, forgets what it refused."""
+
+    name = "apart"
+
+    def __init__(self, spacing: float, store_rejected: bool = False) -> None:
+        self.spacing = spacing
+
+    def wrap(self, box: BlackBox, seed: int) -> BlackBox:
+        return _Apart(box, self.spacing)
+
+
+class _Apart(BlackBox):
+    stateful = True
+
+    def __init__(self, inner: BlackBox, spacing: float) -> None:
+        self.inner: BlackBox = inner
+        self.classes, self.scores, self.device = inner.classes, inner.scores, inner.device
+        self._spacing, self._rows = spacing, dict[int, list[Tensor]]()
+
+    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        assert self.inner is not None
+        answer = self.inner.answer(rows, accounts)
+        for i, (row, account) in enumerate(zip(rows, accounts.tolist(), strict=True)):
+            earlier = self._rows.setdefault(account, [])
+            if any(float(torch.dist(row, other)) < self._spacing for other in earlier):
+                answer.labels[i], answer.status[i] = -1, REJECTED
+            else:
+                earlier.append(row)
+        return answer
+
+
+@pytest.fixture
+def public(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Apart` and `Prober` by name."""
+    load = registry.load
+
+    def found(kind: str, name: str) -> Any:
+        known = {"apart": lambda **options: Apart(0.3, **options), "never": lambda **_: Apart(100.0), "prober": Prober}
+        return known[name] if name in known else load(kind, name)
+
+    monkeypatch.setattr(registry, "load", found)
+
+
+@pytest.mark.usefixtures("public")
+@pytest.mark.parametrize("levels", [None, 256])
+@pytest.mark.parametrize("name", ["hop-skip-jump", "cgba"])
+def test_a_gate_without_a_secret_refuses_nothing(name: str, levels: int | None) -> None:
+    plain = run_attack(Apart(0.3).wrap(Plane(), 0), images(2), [0, 0], name, budget=400, levels=levels)
+    assert plain.rejected.min() > 100
+    options = {"gate": "apart"}
+    found = run_attack(
+        Apart(0.3).wrap(Plane(), 0),
+        images(2),
+        [0, 0],
+        f"rehearsed:{name}",
+        budget=400,
+        levels=levels,
+        attack_options=options,
+    )
+    assert not found.rejected.any()
+    assert (found.queries == 400).all()
+    assert (found.distance < 2 * AWAY).all()  # as OARS behind a gate of this kind, test_oars.py
+    assert (found.distance < plain.distance).all()
+
+
+def test_nor_does_piha() -> None:
+    """Flat fields of colour, whose hues noise hardly moves, l2 1.66 from the half-space."""
+    fields = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(3)) / 2
+    image = enlarge(fields - fields.mean() + 0.5, (32, 32))
+    refused = {}
+    for name in ("cgba", "rehearsed:cgba"):
+        found = run_attack(PIHA().wrap(HalfSpace(0.53), 5), image, [0], name, budget=150)
+        refused[name] = int(found.rejected[0])
+    assert refused["cgba"] > 50
+    assert refused["rehearsed:cgba"] == 0
+
+
+@pytest.mark.usefixtures("public")
+def test_rows_are_drawn_again_with_their_pair_and_told_as_they_were_sent() -> None:
+    """Prober checks that both of a pair are drawn; what it was told of must be what was sent."""
+    told: list[tuple[Tensor, Answer]] = []
+    attack = wrapped(Rehearsed, "rehearsed", "prober")(gate="apart", pairs=True, told=told, size=20)
+    of, sent, gate = task(images(1)[0], budget=201), list[Tensor](), Apart(0.3).wrap(Plane(), 0)
+
+    def answers(rows: Tensor) -> Tensor:
+        answer = gate.answer(rows, torch.zeros(len(rows), dtype=torch.long))
+        assert not answer.status.any()
+        sent.append(rows)
+        return answer.labels
+
+    drive(attack.search(of), of, answers)
+    assert len(told) >= 9
+    for (rows, _), got in zip(told, sent[1:], strict=False):
+        assert torch.equal(rows, got)
+        assert torch.allclose(got[::2] + got[1::2], 2 * of.image.expand_as(got[::2]), atol=1e-6)
+    lengths = [float(torch.linalg.vector_norm(rows - of.image, dim=(1, 2, 3)).mean()) for rows in sent[2:]]
+    assert all(0.2 < length < 0.5 for length in lengths), lengths  # neither the attack's own 0.02 nor far too long
+
+
+@pytest.mark.usefixtures("public")
+def test_where_nothing_is_refused_it_is_the_attack() -> None:
+    rows = []
+    for radius, scheme in ((0.9, "prober"), (0.9, "rehearsed:prober")):
+        options: dict[str, Any] = {"radius": radius, "size": 10}
+        attack = Prober(**options) if scheme == "prober" else wrapped(Rehearsed, "rehearsed", "prober")(**options)
+        if isinstance(attack, Rehearsed):
+            object.__setattr__(attack, "gate", "apart")
+        of, box = task(images(1)[0], budget=100), Plane()
+        drive(attack.search(of), of, lambda sent, box=box: box.answer(sent, torch.zeros(len(sent))).labels)
+        rows.append(box.rows)
+    assert torch.equal(rows[0], rows[1])
+
+
+@pytest.mark.usefixtures("public")
+def test_company_changes_nothing() -> None:
+    many, alone = (
+        run_attack(
+            Apart(0.3).wrap(Plane(), 0),
+            part,
+            [0] * len(part),
+            "rehearsed:cgba",
+            budget=150,
+            max_rows=16,
+            attack_options={"gate": "apart"},
+        )
+        for part in (images(3), images(3)[2:])
+    )
+    assert many.traces[2] == alone.traces[0]
+
+
+@pytest.mark.usefixtures("public")
+def test_what_the_copy_never_lets_pass_is_sent_as_it_is() -> None:
+    """A gate that takes all rows for one another ends no search: they are paid, and refused."""
+    options = {"gate": "never", "attempts": 3}
+    box = Apart(100.0).wrap(Plane(), 0)
+    found = run_attack(box, images(1), [0], "rehearsed:random", budget=60, attack_options=options)
+    assert found.queries[0] == 60
+    assert found.rejected[0] >= 58
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate": "pihaa"}, "piha"),
+        ({"gate": "jpeg"}, "jpeg is no stateful gate"),
+        ({"accept": 1.0}, "accept must be between 0 and 1, got 1.0"),
+        ({"attempts": 0}, "attempts must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused_before_a_query(options: dict[str, object], message: str) -> None:
+    box = Plane()
+    with pytest.raises(InputError, match=message):
+        run_attack(box, images(1), [0], "rehearsed:cgba", budget=50, attack_options=options)
+    assert not box.seen
+
+
+def test_images_that_the_gate_does_not_take_are_refused_before_a_query() -> None:
+    box = HalfSpace()
+    with pytest.raises(InputError, match="images of 1 channels have no hue"):
+        run_attack(box, torch.full((1, 1, 32, 32), 0.5), [0], "rehearsed:cgba", budget=50)
+    assert not box.seen

@@ -6,13 +6,13 @@ costs a query, and it goes on.
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cache
 
 from robustbox.protocol import Answer, Query, Search, Task
 
-from .wrapper import Collected, Wrapper, wrapped
+from .wrapper import Collected, Wrapper, relayed, wrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,20 +20,18 @@ class Abort(Wrapper):
     """An attack that ends at the first row that a gate refuses. Asks row by row: none is sent after a refused one."""
 
     def search(self, task: Task) -> Search:
-        answer: Answer | None = None
-        with closing(self.inner().search(task)) as inner:
-            while True:
-                try:
-                    query = next(inner) if answer is None else inner.send(answer)
-                except StopIteration:
-                    return
-                collected = Collected(len(query.rows))
-                for position in range(len(query.rows)):
-                    one = yield Query(query.rows[position : position + 1], query.kind, account=query.account)
-                    collected.put([position], one)
-                    if one.status.any():
-                        return
-                answer = collected.answer()
+        return relayed(self.inner().search(task), _row_by_row)
+
+
+def _row_by_row(query: Query) -> Generator[Query, Answer, Answer | None]:
+    """The answer to a query whose rows are asked one after the other; None after a refused one."""
+    collected = Collected(len(query.rows))
+    for position in range(len(query.rows)):
+        one = yield Query(query.rows[position : position + 1], query.kind, account=query.account)
+        collected.put([position], one)
+        if one.status.any():
+            return None
+    return collected.answer()
 
 
 @cache

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,7 +28,7 @@ from robustbox.errors import InputError
 from robustbox.protocol import Answer, Query, Search, Task
 from robustbox.records import inside
 
-from .wrapper import Wrapper, wrapped
+from .wrapper import Wrapper, relayed, wrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,24 +53,23 @@ class Blinded(Wrapper):
         super().__post_init__()
 
     def search(self, task: Task) -> Search:
-        answer: Answer | None = None
         wanted = math.inf
-        with closing(self.inner().search(task)) as inner:
-            while True:
-                try:
-                    query = next(inner) if answer is None else inner.send(answer)
-                except StopIteration:
-                    return
-                answer, rows = yield from self._ask(task, query)
-                reached = task.reached(answer).to(rows.device)
-                if reached.any():
-                    far = distance(rows - task.image, task.norm).where(reached, torch.inf)
-                    nearest, which = far.min(dim=0)
-                    radius = float(nearest)
-                    if radius < wanted and inside(radius, task.epsilon):
-                        confirmed = yield Query(rows[which][None], "step")
-                        if task.reached_any(confirmed):
-                            wanted = radius * (1 - self.gain)
+
+        def ask(query: Query) -> Generator[Query, Answer, Answer]:
+            nonlocal wanted
+            answer, rows = yield from self._ask(task, query)
+            reached = task.reached(answer).to(rows.device)
+            if reached.any():
+                far = distance(rows - task.image, task.norm).where(reached, torch.inf)
+                nearest, which = far.min(dim=0)
+                radius = float(nearest)
+                if radius < wanted and inside(radius, task.epsilon):
+                    confirmed = yield Query(rows[which][None], "step")
+                    if task.reached_any(confirmed):
+                        wanted = radius * (1 - self.gain)
+            return answer
+
+        return relayed(self.inner().search(task), ask)
 
     def _ask(self, task: Task, query: Query) -> Generator[Query, Answer, tuple[Answer, Tensor]]:
         """The answer to a query's rows, shifted; and the rows themselves [n,C,H,W]."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Generator
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, Kind, Knob, Q
 
 from .calibration import REFERENCE_ROUNDS, Bounds, Dial, reference_bounds
 from .spacing import Keeper
-from .wrapper import Collected, Unit, units
+from .wrapper import Collected, Unit, relayed, units
 
 if TYPE_CHECKING:
     from .oars import OARS
@@ -50,14 +49,12 @@ class Passage:
 
     def run(self, inner: Search) -> Search:
         """Ask what the attack asks, until it ends or nothing passes any more."""
-        answer: Answer | None = None
-        with closing(inner):
-            while self._in_a_row < self._settings.give_up:
-                try:
-                    query = next(inner) if answer is None else inner.send(answer)
-                except StopIteration:
-                    return
-                answer = yield from self._pass(query)
+
+        def ask(query: Query) -> Generator[Query, Answer, Answer | None]:
+            answer = yield from self._pass(query)
+            return answer if self._in_a_row < self._settings.give_up else None
+
+        return relayed(inner, ask)
 
     def _pass(self, query: Query) -> Generator[Query, Answer, Answer]:
         """One query of the attack, in as many as it takes."""

@@ -18,7 +18,7 @@ options, and its own queries; not the model. `oars:rehearsed:NAME` also draws ag
 from __future__ import annotations
 
 from collections import deque
-from contextlib import closing
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cache
 
@@ -30,7 +30,7 @@ from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, BlackBox, Defense, Knob, Query, Search, Task
 
 from .spacing import LEAST, MOST, moved
-from .wrapper import Wrapper, units, wrapped
+from .wrapper import Wrapper, relayed, units, wrapped
 
 CLIMB, FOLLOW = 1.5, 1.05
 """By how much a scale grows at an attempt before anything passed at it, and how closely it follows the gate then."""
@@ -63,14 +63,7 @@ class Rehearsed(Wrapper):
         _Copy(self, task).refuses(task.image[None])
 
     def search(self, task: Task) -> Search:
-        copy, answer = _Copy(self, task), None
-        with closing(self.inner().search(task)) as inner:
-            while True:
-                try:
-                    query = next(inner) if answer is None else inner.send(answer)
-                except StopIteration:
-                    return
-                answer = yield copy.rehearsed(query)
+        return relayed(self.inner().search(task), _Copy(self, task).ask)
 
 
 class _Scale:
@@ -108,8 +101,8 @@ class _Copy:
         root = task.image.numel() ** 0.5
         self._length = _Scale(LEAST * root / 8, MOST * root, settings.accept)  # of the noise that moves a row
 
-    def rehearsed(self, query: Query) -> Query:
-        """The query with rows that the copy lets pass; they can be drawn again if the query's can."""
+    def ask(self, query: Query) -> Generator[Query, Answer, Answer]:
+        """Ask rows that the copy lets pass in place of the query's; they can be drawn again if the query's can."""
         rows = query.rows.clone()
 
         def again(positions: list[int]) -> Tensor:
@@ -120,7 +113,8 @@ class _Copy:
 
         self._settle(query, rows, list(range(len(rows))))
         redraw = again if query.redraw is not None else None
-        return Query(rows.clone(), query.kind, redraw, (), query.groups, query.account)
+        answer = yield Query(rows.clone(), query.kind, redraw, (), query.groups, query.account)
+        return answer
 
     def refuses(self, rows: Tensor) -> list[bool]:
         """Whether the copy refuses each of the rows [n,C,H,W], one after the other; it remembers those that pass."""

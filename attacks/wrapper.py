@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
@@ -99,6 +100,20 @@ def units(query: Query) -> list[Unit]:
     for position, group in enumerate(query.groups):
         members.setdefault(group, []).append(position)
     return [tuple(positions) for positions in members.values()]
+
+
+def relayed(inner: Search, ask: Callable[[Query], Generator[Query, Answer, Answer | None]]) -> Search:
+    """What the search inside asks, each query by way of `ask`, whose answer it is told; None from `ask` ends both."""
+    answer: Answer | None = None
+    with closing(inner):
+        while True:
+            try:
+                query = next(inner) if answer is None else inner.send(answer)
+            except StopIteration:
+                return
+            answer = yield from ask(query)
+            if answer is None:
+                return
 
 
 class Collected:

@@ -42,7 +42,7 @@ ATTACKS = ("square", "nes", "sign-hunter", "rays", "sign-flip", "hop-skip-jump")
 
 @dataclass(frozen=True)
 class Setting:
-    """One model and what is done to it; `images` are attacked, the last `held` of the data set calibrate, at scales `between`."""
+    """One model and what is done to it: the first `images` are attacked, the last `held` calibrate, at scales `between`."""
 
     model: str
     epsilon: float

@@ -84,7 +84,6 @@ REMOVED: dict[str, dict[str, Any]] = {
     "without the colours' prior": {"spectrum.COLOUR": 1.0},
     "without the frequencies' prior": {"spectrum.CYCLES": 1e9},
     "without the arc's evidence": {"spectrum.Evidence.rule_out": lambda *_: None},
-    "with halving alone after the first angle": {"moves.WIDER": 1e9, "moves.NARROWER": 2.0},
     "with short noise (0.05 R)": {"waterfill.NOISE": {"l2": 0.05, "linf": 0.05}},
 }
 """Ideas that are no options: what stands in their place, by module and name in `robustbox.attacks`."""

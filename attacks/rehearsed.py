@@ -8,7 +8,8 @@ draws pass: selection in place of noise. A row that cannot be drawn again is mov
 A copy of a gate with a secret (`blacklight`, `qpa`) has another one. What it lets pass is then likely, not certain, to pass.
 
 The scale of each knob is the attack's own until the copy refuses most of what is drawn at it; then it climbs from the least
-that makes sense by half at each attempt, until something passes, and follows the share that passes by 5 % an attempt.
+that makes sense by half at each attempt until something passes, and then by exp(accept - share that passed), less where an
+attempt is of few draws.
 A row that the copy still refuses after `attempts` draws is sent as it is.
 
 Query cost: that of the attack; the copy's answers are free. Threat model: the attacker knows which gate stands there, with its
@@ -17,6 +18,7 @@ options, and its own queries; not the model. `oars:rehearsed:NAME` also draws ag
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -32,8 +34,8 @@ from robustbox.protocol import ANSWERED, Answer, BlackBox, Defense, Knob, Query,
 from .spacing import LEAST, MOST, moved
 from .wrapper import Wrapper, relayed, units, wrapped
 
-CLIMB, FOLLOW = 1.5, 1.05
-"""By how much a scale grows at an attempt before anything passed at it, and how closely it follows the gate then."""
+CLIMB, MANY = 1.5, 4
+"""By how much a scale grows at an attempt before anything passed at it; draws from which on a share is taken as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +79,11 @@ class _Scale:
     def value(self) -> float:
         return float(round(self._value)) if self._integer else self._value
 
-    def observe(self, passed: float) -> None:
-        """Take the share of draws that passed at an attempt."""
+    def observe(self, passed: int, drawn: int) -> None:
+        """Take how many of the draws of an attempt passed."""
         self._passed |= passed > 0
-        factor = FOLLOW if self._passed else CLIMB
-        self._value *= factor if passed < self._accept else 1 / factor
+        weight = min(drawn / MANY, 1.0)
+        self._value *= math.exp((self._accept - passed / drawn) * weight) if self._passed else CLIMB
         self._value = min(max(self._value, self._low), self._high)
 
 
@@ -131,7 +133,7 @@ class _Copy:
             asked = [position for unit in waiting for position in unit]
             refused = {p for p, hit in zip(asked, self.refuses(rows[asked]), strict=True) if hit}
             left = deque(unit for unit in waiting if not refused.isdisjoint(unit))
-            self._follow(query, 1 - len(left) / len(waiting), first=attempt == 0)
+            self._follow(query, len(waiting) - len(left), len(waiting), first=attempt == 0)
             waiting = left
             if not waiting or attempt == self._settings.attempts:
                 return
@@ -144,21 +146,21 @@ class _Copy:
                     [moved(self._task, query.rows[p : p + 1], length, self._generator) for p in again]
                 )
 
-    def _follow(self, query: Query, passed: float, first: bool) -> None:
-        """Take the share of draws that passed; the first ones of a query that cannot be drawn again were not moved."""
+    def _follow(self, query: Query, passed: int, drawn: int, first: bool) -> None:
+        """Take how many draws passed; the first ones of a query that cannot be drawn again were not moved."""
         if query.redraw is None:
             if not first:
-                self._length.observe(passed)
+                self._length.observe(passed, drawn)
             return
         for knob in query.knobs:
             scale = self._scales.get(knob)
             if scale is None:
-                if passed < self._settings.accept:  # the attack's own scale does not do
+                if passed < self._settings.accept * drawn:  # the attack's own scale does not do
                     self._scales[knob] = scale = _Scale(knob.low, knob.high, self._settings.accept, knob.integer)
                     knob.value = scale.value
                 return
-            if scale.value < knob.high or passed > 0:
-                scale.observe(passed)
+            if scale.value < knob.high or passed:
+                scale.observe(passed, drawn)
                 knob.value = scale.value
                 return  # the next knob is turned where this one is of no use
 

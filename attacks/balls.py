@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from robustbox.distances import rounded
 from robustbox.errors import InputError
 from robustbox.protocol import Task
 
@@ -64,14 +65,14 @@ def fit(task: Task, deltas: Tensor) -> Tensor:
         return rows
     steps = task.levels - 1
     for _ in range(PASSES):
-        rounded = (rows * steps).round_().div_(steps)
-        shorter = _shorter(rounded - image, epsilon)
+        sent = rounded(rows, task.levels)
+        shorter = _shorter(sent - image, epsilon)
         if bool((shorter == 1).all()):
-            return rounded
+            return sent
         deltas = deltas * torch.where(shorter < 1, shorter * RESERVE, shorter)
         rows = (image + deltas).clamp_(0, 1)
     inwards = (deltas.abs() * steps + SLACK).floor_().div_(steps) * deltas.sign()
-    return torch.where(shorter < 1, (image + inwards).clamp_(0, 1), rounded)
+    return torch.where(shorter < 1, (image + inwards).clamp_(0, 1), sent)
 
 
 def _shorter(deltas: Tensor, epsilon: float) -> Tensor:

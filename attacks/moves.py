@@ -86,7 +86,7 @@ def furthest(
     Returns:
         The furthest point found good, 0 where none was, and the guess for the next time.
 
-    Cost: 1 row and that of `bisect_arc`, usually 5 to 7; a row that is not answered ends it.
+    Cost: 1 row and that of `bisect_arc`, usually 7 to 9; a row that is not answered ends it.
     """
     first = min(guess, 0.8 * end)
     answer = yield Query(path(first), "line")

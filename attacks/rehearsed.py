@@ -19,7 +19,6 @@ options, and its own queries; not the model. `oars:rehearsed:NAME` also draws ag
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from robustbox import registry
+from robustbox.distances import rounded
 from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, BlackBox, Defense, Knob, Query, Search, Task
 
@@ -62,10 +62,10 @@ class Rehearsed(Wrapper):
     def check(self, task: Task) -> None:
         """Begin a copy, so that a gate that is unknown, or not for these images, is refused before a query is spent."""
         super().check(task)
-        _Copy(self, task).refuses(task.image[None])
+        Copy(self, task).refuses(task.image[None])
 
     def search(self, task: Task) -> Search:
-        return relayed(self.inner().search(task), _Copy(self, task).ask)
+        return relayed(self.inner().search(task), Copy(self, task).ask)
 
 
 class _Scale:
@@ -87,13 +87,14 @@ class _Scale:
         self._value = min(max(self._value, self._low), self._high)
 
 
-class _Copy:
+class Copy:
     """The attacker's copy of a gate, with the history of one search: what was sent."""
 
     def __init__(self, settings: Rehearsed, task: Task) -> None:
         recipe = registry.load("defenses", settings.gate)
         try:
-            defense: Defense = recipe(store_rejected=False)  # what it refuses is not sent
+            # What it refuses is not sent: nothing to remember, and no hit after which to forget.
+            defense: Defense = recipe(action="reject", store_rejected=False, reset_on_hit=False)
         except TypeError:
             raise InputError(f"rehearsed: {settings.gate} is no stateful gate") from None
         seed = task.generator.initial_seed() ^ 4
@@ -120,19 +121,17 @@ class _Copy:
 
     def refuses(self, rows: Tensor) -> list[bool]:
         """Whether the copy refuses each of the rows [n,C,H,W], one after the other; it remembers those that pass."""
-        if levels := self._task.levels:
-            rows = (rows * (levels - 1)).round_().div_(levels - 1)
-        status = self._box.answer(rows, torch.zeros(len(rows), dtype=torch.long)).status
+        status = self._box.answer(rounded(rows, self._task.levels), torch.zeros(len(rows), dtype=torch.long)).status
         return (status != ANSWERED).tolist()
 
     def _settle(self, query: Query, rows: Tensor, positions: list[int]) -> None:
         """Draw or move rows [n,C,H,W] at these positions until the copy has let each pass, in place."""
         wanted = set(positions)
-        waiting = deque(unit for unit in units(query) if wanted.issuperset(unit))
+        waiting = [unit for unit in units(query) if wanted.issuperset(unit)]
         for attempt in range(self._settings.attempts + 1):
             asked = [position for unit in waiting for position in unit]
             refused = {p for p, hit in zip(asked, self.refuses(rows[asked]), strict=True) if hit}
-            left = deque(unit for unit in waiting if not refused.isdisjoint(unit))
+            left = [unit for unit in waiting if not refused.isdisjoint(unit)]
             self._follow(query, len(waiting) - len(left), len(waiting), first=attempt == 0)
             waiting = left
             if not waiting or attempt == self._settings.attempts:

@@ -1,4 +1,4 @@
-"""The distances of the threat models, in the units of the image."""
+"""The distances of the threat models, in the units of the image, and their grey levels."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def distance(deltas: Tensor, norm: Norm) -> Tensor:
         lengths: Tensor = torch.linalg.vector_norm(deltas.flatten(1), dim=1, dtype=torch.float64)
         return lengths
     return deltas.flatten(1).abs().amax(dim=1).double()
+
+
+def rounded(rows: Tensor, levels: int | None) -> Tensor:
+    """Rows in [0, 1] as a threat model of so many grey levels transmits them; the same tensor where it does not round."""
+    return rows if levels is None else rows.mul(levels - 1).round_().div_(levels - 1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from robustbox.distances import rounded
 from robustbox.errors import InputError, ModelError, StorageError
 from robustbox.protocol import ANSWERED, Answer, BlackBox, Knowledge
 
@@ -88,9 +89,7 @@ class Oracle:
 
     def round(self, rows: Tensor) -> Tensor:
         """Rows as the threat model transmits them; the same tensor where it does not round."""
-        if self.levels is None:
-            return rows
-        return rows.mul(self.levels - 1).round_().div_(self.levels - 1)
+        return rounded(rows, self.levels)
 
     def ask(self, rows: Tensor, accounts: Tensor, phases: dict[Phase, int]) -> Answer:
         """Charge the rows to their phases and answer them: labels and status on the host, scores on the device.

@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor
 
 from robustbox.api import load_data
+from robustbox.distances import rounded
 from robustbox.errors import InputError
 from robustbox.folder import CONFIG, read_run
 from robustbox.identity import sha256
@@ -26,7 +27,7 @@ def originals_of(folder: Path) -> Tensor | None:
     wanted = [image["sha256"] for image in document["images"]]
     found: dict[str, Tensor] = {}
     for image in everything:
-        sent = image if levels is None else image.mul(levels - 1).round().div(levels - 1)
+        sent = rounded(image, levels)
         if (name := sha256(sent)) in wanted:
             found[name] = sent
     return torch.stack([found[name] for name in wanted]) if set(wanted) <= set(found) else None

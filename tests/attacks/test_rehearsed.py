@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from robustbox import registry, run_attack
-from robustbox.attacks.rehearsed import Rehearsed
+from robustbox.attacks.rehearsed import Copy, Rehearsed
 from robustbox.attacks.subspaces import enlarge
 from robustbox.attacks.wrapper import wrapped
 from robustbox.defenses.piha import PIHA
 from robustbox.errors import InputError
+from robustbox.inputs import resolve_attack
 from robustbox.protocol import REJECTED, Answer, BlackBox, Defense
 from tests.attacks.analytic import drive, task
 from tests.attacks.gates import Prober
@@ -26,7 +27,7 @@ class Apart(Defense):
 
     name = "apart"
 
-    def __init__(self, spacing: float, store_rejected: bool = False) -> None:
+    def __init__(self, spacing: float, **options: object) -> None:
         self.spacing = spacing
 
     def wrap(self, box: BlackBox, seed: int) -> BlackBox:
@@ -150,6 +151,16 @@ def test_company_changes_nothing() -> None:
         for part in (images(3), images(3)[2:])
     )
     assert many.traces[2] == alone.traces[0]
+
+
+def test_the_copy_of_a_silent_gate_tells() -> None:
+    """`osd` answers what it notes and then forgets; the copy refuses it, and does not."""
+    attack = resolve_attack("rehearsed:random", {"gate": "osd"})
+    assert isinstance(attack, Rehearsed)
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    copy = Copy(attack, task(image))
+    same = image.expand(60, -1, -1, -1)
+    assert copy.refuses(same) == [False] * 50 + [True] * 10
 
 
 @pytest.mark.usefixtures("public")

@@ -109,6 +109,7 @@ class OnePixelFast(Attack):
         Ends when `patience` rows brought no gain, or when nothing is left to ask. Empty once a row reached the goal.
         """
         found: dict[Node, float] = {}
+        reach: dict[Node, float] = {}  # the least loss of those whose neighbour a candidate is
         order = count()  # first come, first served among equals
         heap = [(-math.inf, next(order), node) for node in seeds]
         taken = {position for position, _ in others}
@@ -127,7 +128,9 @@ class OnePixelFast(Attack):
             for node in front:
                 loss = found[node] = board.known[frozenset([*others, node])]
                 for neighbour in board.neighbours(node):
-                    heapq.heappush(heap, (loss, next(order), neighbour))
+                    if loss < reach.get(neighbour, math.inf):  # else it waits further ahead, or was asked
+                        reach[neighbour] = loss
+                        heapq.heappush(heap, (loss, next(order), neighbour))
             least = min(found[node] for node in front)
             best, idle = min(least, best), 0 if least < best else idle + len(new)
         return sorted((loss, node) for node, loss in found.items())

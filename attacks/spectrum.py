@@ -2,9 +2,11 @@
 
 Normals n are unit vectors, their coefficients n_i in an orthonormal basis (`blocks.py`) independent with variance c_i, sum 1:
 
-    c_i ~ 0.3 [a colour, not grey] / (1 + (f_i / 40)^2) exp(-a_i) l_band l_cell
+    c_i ~ exp(-1.5 a_i) l_band l_cell / (1 + (f_i / 60)^2)                       grey
+    c_i ~ exp(-1.5 a_i) l_band l_cell 1.2 / (1 + (f_i / (0.12 side))^2)          colours
 
-for f_i cycles an image and a squared distance a_i from its middle (1 at a border). The factors l of frequency bands, apart for
+for f_i cycles an image, a squared distance a_i from its middle (1 at a border) and images of `side` pixels: as for the eye,
+colours count where waves are long, and grey where they are short too. The factors l of frequency bands, apart for
 each colour, and of the 16 cells of the image are learnt, from 1 on.
 
 The sign of <n, u> under noise u with variances s_i has E[sign u_i] = k s_i n_i / tau, k^2 = 2 / pi, tau^2 = sum s_i n_i^2.
@@ -26,8 +28,9 @@ from torch import Tensor
 
 from .blocks import blocks
 
-COLOUR, CYCLES = 0.3, 40.0
-"""The cautious prior: how much less a colour varies than grey, and where the frequencies begin to fade."""
+COLOUR, CYCLES, COARSE, MIDDLE = 1.2, 60.0, 0.12, 1.5
+"""The cautious prior: how much more a colour varies than grey at low frequencies; where grey begins to fade (cycles an image)
+and where colours do (cycles a pixel); and how fast all does away from the middle."""
 BANDS = 5
 SHUFFLES = 4
 """How often signs are shuffled among their rows, to hear what tells nothing."""
@@ -110,9 +113,10 @@ class Spectrum:
         channels, *_ = shape = (*like.shape,)
         device = like.device
         self.basis = basis = blocks(shape, device)
-        grey = torch.full((channels, 1, 1), COLOUR, device=device)
-        grey[0] = 1
-        self._base: Tensor = grey / (1 + (basis.cycles / CYCLES).square()) * torch.exp(-basis.away)
+        amount = torch.full((channels, 1, 1), COLOUR, device=device)
+        fades = torch.full((channels, 1, 1), COARSE * min(shape[1:]), device=device)
+        amount[0], fades[0] = 1, CYCLES
+        self._base: Tensor = amount / (1 + (basis.cycles / fades).square()) * torch.exp(-MIDDLE * basis.away)
         band = (basis.cycles * (BANDS * 0.999 / max(float(basis.cycles.max()), 1e-9))).long()
         colour = torch.arange(channels, device=device).view(-1, 1, 1)
         groups = (colour * BANDS + band, basis.cell.expand(shape))

@@ -68,16 +68,26 @@ def _starts(task: Task, patterns: int, rivals: int) -> Iterator[Drawn]:
 
 
 def _pool(task: Task, count: int) -> Iterator[Drawn]:
-    """One stage: the pool's images of the target class (untargeted: of other classes) that are nearest to the image, l2."""
+    """One stage: the images that are `nearest`."""
+    chosen = nearest(task, count)
+    if task.pool is not None and len(chosen):
+        yield Drawn(task.pool[0][chosen].to(task.image.device))
+
+
+def nearest(task: Task, count: int) -> Tensor:
+    """Where in the pool those images of the target class (untargeted: of other classes) are that are nearest in l2.
+
+    Nearest first: int64 [n], n <= count, on the pool's device; none without a pool.
+    """
     if task.pool is None:
-        return
+        return torch.empty(0, dtype=torch.long)
     images, labels = task.pool
     chosen = (labels != task.label if task.target is None else labels == task.target).nonzero().flatten()
-    if len(chosen):
-        # One image at a time: a pool may be large and is not copied.
-        distance = torch.stack([torch.dist(images[i].to(task.image.device), task.image) for i in chosen.tolist()])
-        nearest = chosen[distance.argsort()[:count].to(chosen.device)]
-        yield Drawn(images[nearest.to(images.device)].to(task.image.device))
+    if not len(chosen):
+        return chosen.to(images.device)
+    # One image at a time: a pool may be large and is not copied.
+    distance = torch.stack([torch.dist(images[i].to(task.image.device), task.image) for i in chosen.tolist()])
+    return chosen[distance.argsort()[:count].to(chosen.device)].to(images.device)
 
 
 def _shortest(task: Task, ends: Tensor, halvings: int = 4) -> Generator[Query, Answer, Tensor]:

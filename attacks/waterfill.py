@@ -4,9 +4,11 @@ From the source image x and a boundary point x_b at distance R in direction v, a
 estimates the boundary's normal n from them, and searches the semicircle between x_b and x in the plane of v and the estimate,
 as CGBA does (`cgba.py`). What differs is how few labels it takes:
 
+- **Start.** A climb over the few numbers of a wavelet, or of a piece of a target image (`patterns.py`): where the boundary is
+  far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds.
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
-  (`blocks.py`) are independent. Their variances start from a cautious prior (grey more than colours, the middle more than the
-  border, frequencies below 40 cycles an image more than those above) and are learnt from the answers (`spectrum.py`).
+  (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
+  waves are long, grey up to 60 cycles an image) and are learnt from the answers (`spectrum.py`).
 - **Noise.** Its variances share the queries out over the coefficients by water-filling: few queries see a small subspace, many
   see all. It has no part along v, since how steeply the boundary crosses the ray is not asked, nor along the normal expected so
   far: where cos(n, known) = 0.7, the unknown rest alone then decides the signs, and each tells twice as much of it.
@@ -20,17 +22,19 @@ Noise has the length 0.3 R, but at least 1.3 grey levels a pixel where rows are 
 directions, and long noise forgives a coarse search. One-sided answers halve it.
 
 In linf (no semicircle there) the step is HopSkipJump's, along the sign of the estimate, R / sqrt(t) long and halved until it
-reaches the goal, and the ball is shrunk around x until it fails; noise is 0.15 R a pixel, with no direction left out.
+reaches the goal, and the ball is shrunk around x until it fails; where that ends no nearer than x_b, x_b stays. Noise is
+0.15 R a pixel, with no direction left out.
 
-Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search; the start search
-(`starts.find_start`) and one line search come first. n0 is 20, in l2 towards a target 6: as far from x as targets are, the
-boundary turns before an estimate has led far, and many short iterations go further than few long ones.
+Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search; the climb, 50 to 100 rows
+(`starts.find_start`, where no pattern reaches the goal), and one line search come first. n0 is 20, in l2 towards a target 6: as
+far from x as targets are, the boundary turns before an estimate has led far, and many short iterations go further than few
+long ones.
 
 With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from the evidence of
 all images of a run, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.
 
-It loses where normals are the contrary of the prior (colour without grey, border without middle, the finest frequencies of
-large images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; and it gains
+It loses where normals are the contrary of the prior (fine colours, border without middle, the finest frequencies of large
+images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; and it gains
 little where the image has few dimensions or thousands of queries are spent: then any noise finds the normal.
 
 The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. Where answers are
@@ -57,6 +61,7 @@ from .cgba import LEVELS_OF_NOISE, semicircle
 from .hop_skip_jump import step
 from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob
 from .noise import Noise
+from .patterns import climb
 from .spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
 from .starts import find_start
 
@@ -111,10 +116,12 @@ class Waterfill(Attack):
 
     def _search(self, task: Task, spectrum: Spectrum) -> Search:
         knob, number, evidence = radius_knob(task.image), spectrum.enter(), Evidence(task.image)
-        point = yield from find_start(task)
+        point, guess = (yield from climb(task)), PRECISION
+        if point is None:
+            point, guess = (yield from find_start(task)), FIRST
         if point is None:
             return
-        point, _ = yield from inward(task, point, FIRST, PRECISION)
+        point, _ = yield from inward(task, point, guess, PRECISION)
         guess, scale, precision = FIRST, 1.0, PRECISION
         n0 = self.n0 or N0[task.norm][task.target is not None]
         for t in count(1):
@@ -140,7 +147,9 @@ class Waterfill(Attack):
             if task.norm == "linf":
                 end = yield from step(task, point, normal, radius / math.sqrt(t))
                 if end is not None:
-                    point, guess = yield from inward(task, end, guess, tolerance)
+                    end, guess = yield from inward(task, end, guess, tolerance)
+                    if float(distance(end - task.image, task.norm)) < radius:
+                        point = end
                 continue
             path = semicircle(task.image, point, normal)
             angle, guess = yield from furthest(task, path, guess, math.pi / 2, tolerance)

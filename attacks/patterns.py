@@ -1,0 +1,216 @@
+"""A start found by a hill climb over patterns: wavelets, or pieces of target images (ours).
+
+Far from the image, the boundary's normal tells little of what lies nearer, and a search over the few numbers that make a
+pattern is worth more than many labels of noise.
+
+- Untargeted (`Wavelets`): networks of convolutions are weak to single waves of few pixels' length (Tsuzuku and Sato, CVPR
+  2019; Yin et al., NeurIPS 2019, for the Fourier basis; Co et al., CCS 2019, for Gabor noise as a black-box attack).
+- Towards a target (`Pieces`): most of the distance to another image lies in its coarse parts and its border, and most of what
+  names its class in its edges and its middle.
+
+`climb` asks the patterns that a family starts with, one a row, until one reaches the goal. Then patterns are set at a share
+`step` nearer than the best: neighbours of the best, of a random scale, and every few rows a new one. What reaches the goal is
+the best and widens the step; what does not narrows it. The climb ends where the step is small.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from itertools import count
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from robustbox.distances import distance
+from robustbox.protocol import Answer, Query, Task
+
+from .noise import Drawn
+from .starts import nearest
+
+PERIODS = (2.0, 8.0)
+"""Pixels from crest to crest of a new wavelet: from the finest wave there is to the field of view of few layers."""
+NEAR, FAR, GROWTH = 1 / 64, 0.5, 1.3
+"""The first distance of a wavelet and its last one (a pixel: the root mean square in l2, all in linf), and its growth."""
+RIVALS = 30
+"""Images of the target class, the nearest ones, of which pieces are made."""
+CUTS = (0.01, 0.25)
+"""Cycles a pixel below which a new piece lacks what its image has."""
+STEP, LEAST = 0.15, 0.7
+"""How much nearer a pattern is tried: at first, and at the end LEAST / sqrt(d) for d dimensions. The more dimensions there are,
+the less does a row of noise tell of a normal, and the longer is a climb worth while."""
+WIDER, NARROWER = 1.6, 0.9
+"""What a success and a failure make of the step."""
+SCALES = (0.03, 0.6)
+"""How far a neighbour is."""
+
+
+class Patterns(ABC):
+    """A family of directions, each given by a tensor of few numbers.
+
+    At the end stand those that all families have, narrow, middle in y and x, c_1 to c_C: a window
+    exp(-max(narrow, 0) |p - middle|^2) over the pixels p, from -1 to 1 along each axis, and amounts c_k of the channels.
+
+    Attributes:
+        renewal: every so many-th pattern of a climb is a new one.
+    """
+
+    renewal: ClassVar[int]
+
+    def __init__(self, task: Task) -> None:
+        self.image, self.norm, self.generator = task.image, task.norm, task.generator
+        self.channels, self.height, self.width = task.image.shape
+        self.device = task.image.device
+        self._y, self._x = (torch.linspace(-1, 1, n, device=self.device) for n in (self.height, self.width))
+        self.wide = torch.tensor([0.0] * 3 + [1.0] * self.channels, device=self.device)
+        self._spread = torch.tensor([3.0, 0.5, 0.5] + [1.0] * self.channels, device=self.device)
+
+    @abstractmethod
+    def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Patterns to begin with, and their rows [1,C,H,W]."""
+
+    @abstractmethod
+    def new(self) -> Tensor:
+        """A random pattern, as wide as the image and with all channels alike."""
+
+    @abstractmethod
+    def spread(self, pattern: Tensor) -> Tensor:
+        """How much the numbers of the family differ between a pattern and its neighbours."""
+
+    @abstractmethod
+    def direction(self, pattern: Tensor) -> Tensor:
+        """What a pattern adds to the image, of any length, [C,H,W]."""
+
+    def near(self, pattern: Tensor) -> Tensor:
+        """A neighbour of a pattern."""
+        low, high = SCALES
+        scale = low * (high / low) ** self.uniform(1) * torch.cat([self.spread(pattern), self._spread])
+        return pattern + scale * torch.randn(scale.shape, generator=self.generator, device=self.device)
+
+    def window(self, pattern: Tensor) -> Tensor:
+        """The window times the amounts, [C,H,W]."""
+        narrow, y, x = pattern[-3 - self.channels : -self.channels]
+        away = (self._y - y).square()[:, None] + (self._x - x).square()
+        return torch.exp(-narrow.clamp_min(0) * away) * pattern[-self.channels :, None, None]
+
+    def uniform(self, n: int) -> Tensor:
+        return torch.rand(n, generator=self.generator, device=self.device)
+
+    def row(self, pattern: Tensor, far: Tensor) -> Tensor:
+        """The image with a pattern [1,C,H,W], clipped to the box: at a distance [1], or as far as the box allows."""
+        direction = self.direction(pattern)
+        length = far / distance(direction[None], self.norm).float().clamp_min(1e-9)
+        for _ in range(4):  # what clipping takes is made up for
+            row = torch.add(self.image, direction * length)[None].clamp_(0, 1)
+            length = length * (far / distance(row - self.image, self.norm).float().clamp_min(1e-9)).clamp(0.5, 4)
+        return row
+
+
+class Wavelets(Patterns):
+    """Gabor wavelets sin(2 pi <f, p in pixels> + phase), in linf their signs; a new one is grey.
+
+    A pattern begins with f in y and x (cycles a pixel) and the phase.
+    """
+
+    renewal = 4
+
+    def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        unit = math.sqrt(self.image.numel()) if self.norm == "l2" else 1.0
+        for k in range(math.ceil(math.log(FAR / NEAR, GROWTH))):
+            wavelet = self.new()
+            yield wavelet, self.row(wavelet, torch.tensor([NEAR * GROWTH**k * unit], device=self.device))
+
+    def new(self) -> Tensor:
+        period, turn, phase = self.uniform(3)
+        rate = (PERIODS[0] / PERIODS[1]) ** period / PERIODS[0]
+        wave = [rate * torch.cos(math.pi * turn), rate * torch.sin(math.pi * turn), 2 * math.pi * phase]
+        return torch.cat([torch.stack(wave), self.wide])
+
+    def spread(self, pattern: Tensor) -> Tensor:
+        rate = torch.linalg.vector_norm(pattern[:2])
+        return torch.stack([rate, rate, torch.full_like(rate, 4.0)])
+
+    def direction(self, pattern: Tensor) -> Tensor:
+        fy, fx, phase = pattern[:3]
+        y, x = (torch.arange(n, device=self.device) for n in (self.height, self.width))
+        wave = torch.sin(2 * math.pi * (fy * y[:, None] + fx * x) + phase) * self.window(pattern)
+        return wave.sign() if self.norm == "linf" else wave
+
+
+class Pieces(Patterns):
+    """The difference to an image of the target class without its coarse part: frequencies f are kept to the share
+    1 - exp(-(f / cut)^2 / 2). In linf it is cut off at its mean size. A pattern begins with the number of the image, from the
+    nearest on, and log cut."""
+
+    renewal = 2
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._pool, self._nearest = task.pool, nearest(task, RIVALS)
+        fy, fx = (torch.fft.fftfreq(n, device=self.device) for n in (self.height, self.width))
+        self._square = fy.square()[:, None] + fx.square()
+
+    def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for k in range(len(self._nearest)):
+            plain = torch.tensor([k, math.log(CUTS[0])], device=self.device)
+            yield torch.cat([plain, self.wide]), self._rival(k)
+
+    def new(self) -> Tensor:
+        which, cut = self.uniform(2)
+        low, high = CUTS
+        chosen = (which * len(self._nearest)).floor()
+        return torch.cat([torch.stack([chosen, math.log(low) + math.log(high / low) * cut]), self.wide])
+
+    def spread(self, pattern: Tensor) -> Tensor:
+        return torch.tensor([0.0, 2.0], device=self.device)
+
+    def direction(self, pattern: Tensor) -> Tensor:
+        difference = self._rival(int(pattern[0]))[0] - self.image
+        kept = 1 - torch.exp(-self._square * torch.exp(-2 * pattern[1]) / 2)
+        edges: Tensor = torch.fft.ifft2(torch.fft.fft2(difference) * kept).real * self.window(pattern)
+        usual = float(edges.abs().mean())
+        return edges.clamp(-usual, usual) if self.norm == "linf" else edges
+
+    def _rival(self, k: int) -> Tensor:
+        assert self._pool is not None  # else there are no starts
+        return self._pool[0][self._nearest[k : k + 1]].to(self.device)  # one at a time: many searches wait side by side
+
+
+def climb(task: Task) -> Generator[Query, Answer, Tensor | None]:
+    """A point that reaches the goal [1,C,H,W], over wavelets or, towards a target, over pieces of the pool's images of it.
+
+    None where no start reached it: no wavelet, or no image of the target class, which the attacker may own none of.
+
+    Cost: the starts until one reaches the goal (at most 14 wavelets, `RIVALS` images), 1 row each, and then as many as pay:
+    log(least / STEP) / log(NARROWER) where nothing nearer is found (24 for 3 x 32 x 32).
+    """
+    patterns = Wavelets(task) if task.target is None else Pieces(task)
+    for best, row in patterns.starts():  # noqa: B007  (where the loop breaks, the climb begins)
+        if (yield from _reached(task, Drawn(row))):
+            break
+    else:
+        return None
+    tried, step, least = best, STEP, LEAST / math.sqrt(task.image.numel())
+
+    def draw(_: int) -> Tensor:
+        nonlocal tried
+        tried = patterns.near(best) if k % patterns.renewal else patterns.new()
+        return patterns.row(tried, distance(row - task.image, task.norm).float() * (1 - step))
+
+    for k in count(1):  # noqa: B007  (`draw` reads it)
+        drawn = Drawn(draw(0), draw)
+        if (yield from _reached(task, drawn)):
+            best, row, step = tried, drawn.rows, min(step * WIDER, 0.5)
+        else:
+            step *= NARROWER
+            if step < least:
+                return row
+    return row
+
+
+def _reached(task: Task, drawn: Drawn) -> Generator[Query, Answer, bool]:
+    """Whether a row reached the goal: twice where it may be answered differently the second time, else luck would climb."""
+    once = task.reached_any((yield drawn.query("init")))
+    return once and (not task.stochastic or task.reached_any((yield Query(drawn.rows, "init"))))

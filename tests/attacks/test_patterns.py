@@ -1,0 +1,166 @@
+"""Patterns: rows stand where they are told to, planted waves and edges are found, and a climb ends."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from robustbox.attacks.patterns import LEAST, NARROWER, RIVALS, STEP, Patterns, Pieces, Wavelets, climb
+from robustbox.attacks.starts import find_start
+from robustbox.distances import distance
+from robustbox.protocol import REJECTED, Answer, Norm, Query, Task
+
+GREY = torch.full((3, 16, 16), 0.5)
+
+
+def task(norm: Norm = "l2", image: Tensor = GREY, pool: tuple[Tensor, Tensor] | None = None, seed: int = 0) -> Task:
+    target = None if pool is None else 1
+    return Task(image, 0, target, norm, None, torch.Generator().manual_seed(seed), 10**6, pool=pool)
+
+
+def pictures(n: int, size: int = 16) -> tuple[Tensor, Tensor]:
+    """Images of class 1 that differ in contrast."""
+    generator = torch.Generator().manual_seed(1)
+    images = 0.5 + torch.rand(n, 3, size, size, generator=generator).sub(0.5) * torch.linspace(0.2, 1, n).view(
+        -1, 1, 1, 1
+    )
+    return images, torch.ones(n, dtype=torch.long)
+
+
+def drive(of: Task, label: Callable[[Tensor], int], limit: int = 2000) -> tuple[Tensor | None, list[Query]]:
+    """Run a climb against a rule for labels; its end, and what it asked."""
+    search, asked, answer = climb(of), [], None
+    try:
+        while len(asked) < limit:
+            query = next(search) if answer is None else search.send(answer)
+            assert query.rows.min() >= 0
+            assert query.rows.max() <= 1
+            asked.append(query)
+            answer = Answer.of(torch.tensor([label(row) for row in query.rows]))
+    except StopIteration as end:
+        return end.value, asked
+    raise AssertionError("the climb did not end")
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("image", [GREY, torch.zeros(1, 9, 7), torch.rand(3, 12, 20)], ids=["grey", "black", "random"])
+@pytest.mark.parametrize("kind", ["wavelets", "pieces"])
+def test_a_row_stands_at_the_distance_that_is_asked(norm: Norm, image: Tensor, kind: str) -> None:
+    pool = torch.rand(4, *image.shape, generator=torch.Generator().manual_seed(1)), torch.ones(4, dtype=torch.long)
+    of = task(norm, image, pool if kind == "pieces" else None)
+    patterns: Patterns = Wavelets(of) if kind == "wavelets" else Pieces(of)
+    far = 0.05 * (math.sqrt(image.numel()) if norm == "l2" else 1)
+    pattern = patterns.new()
+    for _ in range(20):
+        row = patterns.row(pattern, torch.tensor([far]))
+        assert torch.isfinite(row).all()
+        assert row.min() >= 0
+        assert row.max() <= 1
+        assert float(distance(row - image, norm)) == pytest.approx(far, rel=0.02)
+        pattern = patterns.near(pattern)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 5), (2, 2, 2)])
+def test_the_smallest_images_make_no_trouble(shape: tuple[int, int, int]) -> None:
+    end, _ = drive(task(image=torch.full(shape, 0.5)), lambda row: int((row - 0.5).abs().max() > 0.01))
+    assert end is not None
+    end, _ = drive(task(image=torch.full(shape, 0.5), pool=pictures_of(shape)), lambda row: int(row.mean() > 0.6))
+    assert end is not None
+
+
+def pictures_of(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    return torch.ones(2, *shape), torch.ones(2, dtype=torch.long)
+
+
+def test_a_planted_wave_is_found_nearer_than_by_a_start() -> None:
+    y, x = torch.arange(16.0)[:, None], torch.arange(16.0)
+    wave = torch.sin(2 * math.pi * (0.11 * y + 0.17 * x) + 1).expand(3, 16, 16)
+    wave = wave / wave.norm()
+
+    def label(row: Tensor) -> int:
+        return int(float(((row - GREY) * wave).sum()) > 0.1)  # at best 0.1 from the image
+
+    lengths, starts = [], []
+    for seed in range(9):
+        end, asked = drive(task(seed=seed), label)
+        assert all(len(query.rows) == 1 for query in asked)
+        assert end is None or label(end[0]) == 1
+        lengths.append(math.inf if end is None else float(torch.dist(end[0], GREY)))
+        search, answer = find_start(task(seed=seed)), None
+        with pytest.raises(StopIteration) as done:
+            while True:
+                query = next(search) if answer is None else search.send(answer)
+                answer = Answer.of(torch.tensor([label(row) for row in query.rows]))
+        starts.append(float(torch.dist(done.value.value[0], GREY)))
+    assert sorted(lengths)[4] < 0.14
+    assert sorted(lengths)[4] < 0.5 * sorted(starts)[4]
+
+
+def test_of_a_target_the_edges_in_the_middle_are_kept() -> None:
+    images, labels = pictures(5)
+    images = (images + 0.2).clamp(0, 1)  # a coarse part that names nothing
+    middle = torch.zeros(16, 16)
+    middle[4:12, 4:12] = 1
+
+    def label(row: Tensor) -> int:
+        edges = (row[:, :, 1:] - row[:, :, :-1]).abs() * middle[:, 1:]
+        return int(edges.mean() > 0.008)
+
+    end, asked = drive(task(pool=(images, labels)), label)
+    assert end is not None
+    assert torch.equal(asked[0].rows[0], images[0])  # the nearest, as it is
+    lines = [GREY + t * (images[0] - GREY) for t in torch.linspace(0.05, 1, 20)]
+    straight = min(float(torch.dist(row, GREY)) for row in lines if label(row))
+    assert float(torch.dist(end[0], GREY)) < 0.5 * straight
+
+
+def test_a_new_piece_lacks_its_coarse_part() -> None:
+    pieces = Pieces(task(pool=pictures(3)))
+    for _ in range(10):
+        edges = pieces.direction(pieces.new())
+        assert edges.mean((1, 2)).abs().max() < 1e-5 * edges.abs().max() + 1e-6
+
+
+def test_without_an_image_of_the_target_nothing_is_asked() -> None:
+    images, labels = pictures(3)
+    for pool in (None, (images, labels + 1), (images[:0], labels[:0])):
+        assert drive(replace(task(pool=(images, labels)), pool=pool), lambda _: 1) == (None, [])
+
+
+def test_a_climb_that_finds_nothing_asks_what_it_says() -> None:
+    assert len(drive(task(), lambda _: 0)[1]) == 14
+    assert len(drive(task(pool=pictures(40, 8), image=GREY[:, :8, :8]), lambda _: 0)[1]) == RIVALS
+    first = itertools.count()
+    after = math.ceil(math.log(LEAST / math.sqrt(GREY.numel()) / STEP) / math.log(NARROWER) - 1e-9)
+    assert len(drive(task(), lambda _: int(next(first) == 2))[1]) == 3 + after
+
+
+def test_where_answers_are_random_a_row_must_reach_the_goal_twice() -> None:
+    odd = itertools.count()
+    end, asked = drive(replace(task(), stochastic=True), lambda _: next(odd) % 2)
+    assert end is None or len(asked) > 14
+    lucky = itertools.count()
+    end, asked = drive(replace(task(), stochastic=True), lambda _: int(next(lucky) == 3))
+    assert end is None
+    assert len(asked) == 15  # one of the 14 was asked again
+    assert torch.equal(asked[3].rows, asked[4].rows)
+
+
+def test_a_row_that_is_refused_can_be_drawn_again() -> None:
+    search = climb(task())
+    query = next(search)
+    query = search.send(Answer.of(torch.tensor([1])))
+    assert query.redraw is not None
+    other = query.redraw([0])
+    assert not torch.equal(other, query.rows)
+    assert distance(other - GREY, "l2").item() == pytest.approx(distance(query.rows - GREY, "l2").item(), rel=1e-3)
+    after = search.send(Answer.of(torch.tensor([1])))  # nearer than what was drawn again, and reached the goal
+    assert float(distance(after.rows - GREY, "l2")) < float(distance(other - GREY, "l2"))
+    refused = Answer(torch.tensor([-1]), None, torch.tensor([REJECTED], dtype=torch.uint8))
+    assert float(distance(search.send(refused).rows - GREY, "l2")) > float(distance(after.rows - GREY, "l2"))

@@ -170,7 +170,7 @@ class Pieces(Patterns):
         difference = self._rival(int(pattern[0]))[0] - self.image
         kept = 1 - torch.exp(-self._square * torch.exp(-2 * pattern[1]) / 2)
         edges: Tensor = torch.fft.ifft2(torch.fft.fft2(difference) * kept).real * self.window(pattern)
-        usual = float(edges.abs().mean())
+        usual = edges.abs().mean()
         return edges.clamp(-usual, usual) if self.norm == "linf" else edges
 
     def _rival(self, k: int) -> Tensor:

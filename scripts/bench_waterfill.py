@@ -23,7 +23,7 @@ import os
 import sys
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -47,6 +47,7 @@ from bench_cgba import reference
 
 from robustbox import load_data, load_model, run_attack
 from robustbox.models.networks import CifarResNet
+from robustbox.protocol import Answer, Query, Task
 from robustbox.statistics import median
 
 OURS = "waterfill"
@@ -79,9 +80,16 @@ def isotropic(variances: Tensor, queries: float) -> Tensor:
     return torch.ones_like(variances)
 
 
+def nowhere(task: Task) -> Generator[Query, Answer, None]:
+    """No start, in place of `climb`."""
+    yield from ()
+
+
 REMOVED: dict[str, dict[str, Any]] = {
     "without water-filling (white noise)": {"waterfill.water_filling": isotropic},
-    "without the colours' prior": {"spectrum.COLOUR": 1.0},
+    "without the climb": {"waterfill.climb": nowhere},
+    "without the colours' prior": {"spectrum.COLOUR": 1.0, "spectrum.COARSE": 1e9},
+    "without the middle's prior": {"spectrum.MIDDLE": 0.0},
     "without the frequencies' prior": {"spectrum.CYCLES": 1e9},
     "without the arc's evidence": {"spectrum.Evidence.rule_out": lambda *_: None},
     "with short noise (0.05 R)": {"waterfill.NOISE": {"l2": 0.05, "linf": 0.05}},

@@ -64,6 +64,7 @@ class Patterns(ABC):
         self.channels, self.height, self.width = task.image.shape
         self.device = task.image.device
         self._y, self._x = (torch.linspace(-1, 1, n, device=self.device) for n in (self.height, self.width))
+        self.down, self.right = (torch.arange(n, device=self.device) for n in (self.height, self.width))
         self.wide = torch.tensor([0.0] * 3 + [1.0] * self.channels, device=self.device)
         self._spread = torch.tensor([3.0, 0.5, 0.5] + [1.0] * self.channels, device=self.device)
 
@@ -102,10 +103,13 @@ class Patterns(ABC):
         """The image with a pattern [1,C,H,W], clipped to the box: at a distance [1], or as far as the box allows."""
         direction = self.direction(pattern)
         length = far / distance(direction[None], self.norm).float().clamp_min(1e-9)
-        for _ in range(4):  # what clipping takes is made up for
-            row = torch.add(self.image, direction * length)[None].clamp_(0, 1)
-            length = length * (far / distance(row - self.image, self.norm).float().clamp_min(1e-9)).clamp(0.5, 4)
-        return row
+        for _ in range(3):  # what clipping takes is made up for
+            short = far / distance(self._moved(direction, length) - self.image, self.norm).float().clamp_min(1e-9)
+            length = length * short.clamp_(0.5, 4)
+        return self._moved(direction, length)
+
+    def _moved(self, direction: Tensor, length: Tensor) -> Tensor:
+        return torch.add(self.image, direction * length)[None].clamp_(0, 1)
 
 
 class Wavelets(Patterns):
@@ -134,8 +138,8 @@ class Wavelets(Patterns):
 
     def direction(self, pattern: Tensor) -> Tensor:
         fy, fx, phase = pattern[:3]
-        y, x = (torch.arange(n, device=self.device) for n in (self.height, self.width))
-        wave = torch.sin(2 * math.pi * (fy * y[:, None] + fx * x) + phase) * self.window(pattern)
+        turns = fy * self.down[:, None] + fx * self.right
+        wave = torch.sin(2 * math.pi * turns + phase) * self.window(pattern)
         return wave.sign() if self.norm == "linf" else wave
 
 

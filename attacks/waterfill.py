@@ -118,7 +118,8 @@ class Waterfill(Attack):
         knob, number, evidence = radius_knob(task.image), spectrum.enter(), Evidence(task.image)
         point, guess = (yield from climb(task)), PRECISION
         if point is None:
-            point, guess = (yield from find_start(task)), FIRST
+            rivals = 10 if task.target is None else 0  # those of the target have all been asked
+            point, guess = (yield from find_start(task, rivals=rivals)), FIRST
         if point is None:
             return
         point, _ = yield from inward(task, point, guess, PRECISION)

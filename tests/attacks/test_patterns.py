@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +13,18 @@ from torch import Tensor
 
 from robustbox.attacks.patterns import LEAST, NARROWER, RIVALS, STEP, Patterns, Pieces, Wavelets, climb
 from robustbox.attacks.starts import find_start
+from robustbox.attacks.waterfill import Waterfill
 from robustbox.distances import distance
 from robustbox.protocol import REJECTED, Answer, Norm, Query, Task
+from tests.attacks.analytic import drive, task
 
 GREY = torch.full((3, 16, 16), 0.5)
+NOISE = torch.rand(3, 12, 20, generator=torch.Generator().manual_seed(2))
 
 
-def task(norm: Norm = "l2", image: Tensor = GREY, pool: tuple[Tensor, Tensor] | None = None, seed: int = 0) -> Task:
-    target = None if pool is None else 1
-    return Task(image, 0, target, norm, None, torch.Generator().manual_seed(seed), 10**6, pool=pool)
+def aim(pool: tuple[Tensor, Tensor] | None = None, image: Tensor = GREY, norm: Norm = "l2", **fields: Any) -> Task:
+    """Away from class 0, or with a pool towards class 1."""
+    return task(image, norm, budget=2000, target=None if pool is None else 1, pool=pool, **fields)
 
 
 def pictures(n: int, size: int = 16) -> tuple[Tensor, Tensor]:
@@ -33,27 +36,19 @@ def pictures(n: int, size: int = 16) -> tuple[Tensor, Tensor]:
     return images, torch.ones(n, dtype=torch.long)
 
 
-def drive(of: Task, label: Callable[[Tensor], int], limit: int = 2000) -> tuple[Tensor | None, list[Query]]:
-    """Run a climb against a rule for labels; its end, and what it asked."""
-    search, asked, answer = climb(of), [], None
-    try:
-        while len(asked) < limit:
-            query = next(search) if answer is None else search.send(answer)
-            assert query.rows.min() >= 0
-            assert query.rows.max() <= 1
-            asked.append(query)
-            answer = Answer.of(torch.tensor([label(row) for row in query.rows]))
-    except StopIteration as end:
-        return end.value, asked
-    raise AssertionError("the climb did not end")
+def climbed(of: Task, label: Callable[[Tensor], int]) -> tuple[Tensor | None, list[Query]]:
+    """A climb against a rule for labels: its end, and what it asked."""
+    end, asked = drive(climb(of), of, lambda rows: torch.tensor([label(row) for row in rows]))
+    assert of.remaining > 0
+    return end, asked
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("image", [GREY, torch.zeros(1, 9, 7), torch.rand(3, 12, 20)], ids=["grey", "black", "random"])
+@pytest.mark.parametrize("image", [GREY, torch.zeros(1, 9, 7), NOISE], ids=["grey", "black", "random"])
 @pytest.mark.parametrize("kind", ["wavelets", "pieces"])
 def test_a_row_stands_at_the_distance_that_is_asked(norm: Norm, image: Tensor, kind: str) -> None:
     pool = torch.rand(4, *image.shape, generator=torch.Generator().manual_seed(1)), torch.ones(4, dtype=torch.long)
-    of = task(norm, image, pool if kind == "pieces" else None)
+    of = aim(pool if kind == "pieces" else None, image, norm)
     patterns: Patterns = Wavelets(of) if kind == "wavelets" else Pieces(of)
     far = 0.05 * (math.sqrt(image.numel()) if norm == "l2" else 1)
     pattern = patterns.new()
@@ -68,14 +63,13 @@ def test_a_row_stands_at_the_distance_that_is_asked(norm: Norm, image: Tensor, k
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 5), (2, 2, 2)])
 def test_the_smallest_images_make_no_trouble(shape: tuple[int, int, int]) -> None:
-    end, _ = drive(task(image=torch.full(shape, 0.5)), lambda row: int((row - 0.5).abs().max() > 0.01))
+    end, _ = climbed(aim(image=torch.full(shape, 0.5)), lambda row: int((row - 0.5).abs().max() > 0.01))
     assert end is not None
-    end, _ = drive(task(image=torch.full(shape, 0.5), pool=pictures_of(shape)), lambda row: int(row.mean() > 0.6))
+    end, _ = climbed(
+        aim((torch.ones(2, *shape), torch.ones(2, dtype=torch.long)), torch.full(shape, 0.5)),
+        lambda row: int(row.mean() > 0.6),
+    )
     assert end is not None
-
-
-def pictures_of(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    return torch.ones(2, *shape), torch.ones(2, dtype=torch.long)
 
 
 def test_a_planted_wave_is_found_nearer_than_by_a_start() -> None:
@@ -88,16 +82,14 @@ def test_a_planted_wave_is_found_nearer_than_by_a_start() -> None:
 
     lengths, starts = [], []
     for seed in range(9):
-        end, asked = drive(task(seed=seed), label)
+        end, asked = climbed(aim(seed=seed), label)
         assert all(len(query.rows) == 1 for query in asked)
         assert end is None or label(end[0]) == 1
         lengths.append(math.inf if end is None else float(torch.dist(end[0], GREY)))
-        search, answer = find_start(task(seed=seed)), None
-        with pytest.raises(StopIteration) as done:
-            while True:
-                query = next(search) if answer is None else search.send(answer)
-                answer = Answer.of(torch.tensor([label(row) for row in query.rows]))
-        starts.append(float(torch.dist(done.value.value[0], GREY)))
+        of = aim(seed=seed)
+        start, _ = drive(find_start(of), of, lambda rows: torch.tensor([label(row) for row in rows]))
+        assert start is not None
+        starts.append(float(torch.dist(start[0], GREY)))
     assert sorted(lengths)[2] < 0.14  # the others stand on a wave beside it
     assert sorted(lengths)[4] < 0.5 * sorted(starts)[4]
 
@@ -112,7 +104,7 @@ def test_of_a_target_the_edges_in_the_middle_are_kept() -> None:
         edges = (row[:, :, 1:] - row[:, :, :-1]).abs() * middle[:, 1:]
         return int(edges.mean() > 0.008)
 
-    end, asked = drive(task(pool=(images, labels)), label)
+    end, asked = climbed(aim((images, labels)), label)
     assert end is not None
     assert torch.equal(asked[0].rows[0], images[0])  # the nearest, as it is
     lines = [GREY + t * (images[0] - GREY) for t in torch.linspace(0.05, 1, 20)]
@@ -121,7 +113,7 @@ def test_of_a_target_the_edges_in_the_middle_are_kept() -> None:
 
 
 def test_a_new_piece_lacks_its_coarse_part() -> None:
-    pieces = Pieces(task(pool=pictures(3)))
+    pieces = Pieces(aim(pictures(3)))
     for _ in range(10):
         edges = pieces.direction(pieces.new())
         assert edges.mean((1, 2)).abs().max() < 1e-5 * edges.abs().max() + 1e-6
@@ -130,30 +122,31 @@ def test_a_new_piece_lacks_its_coarse_part() -> None:
 def test_without_an_image_of_the_target_nothing_is_asked() -> None:
     images, labels = pictures(3)
     for pool in (None, (images, labels + 1), (images[:0], labels[:0])):
-        assert drive(replace(task(pool=(images, labels)), pool=pool), lambda _: 1) == (None, [])
+        assert climbed(task(GREY, target=1, pool=pool), lambda _: 1) == (None, [])
 
 
 def test_a_climb_that_finds_nothing_asks_what_it_says() -> None:
-    assert len(drive(task(), lambda _: 0)[1]) == 14
-    assert len(drive(task(pool=pictures(40, 8), image=GREY[:, :8, :8]), lambda _: 0)[1]) == RIVALS
+    assert len(climbed(aim(), lambda _: 0)[1]) == 14
+    assert len(climbed(aim(pictures(40, 8), GREY[:, :8, :8]), lambda _: 0)[1]) == RIVALS
     first = itertools.count()
     after = math.ceil(math.log(LEAST / math.sqrt(GREY.numel()) / STEP) / math.log(NARROWER) - 1e-9)
-    assert len(drive(task(), lambda _: int(next(first) == 2))[1]) == 3 + after
+    assert len(climbed(aim(), lambda _: int(next(first) == 2))[1]) == 3 + after
 
 
 def test_where_answers_are_random_a_row_must_reach_the_goal_twice() -> None:
     odd = itertools.count()
-    end, asked = drive(replace(task(), stochastic=True), lambda _: next(odd) % 2)
-    assert end is None or len(asked) > 14
+    end, asked = climbed(aim(stochastic=True), lambda _: next(odd) % 2)
+    assert end is None
+    assert len(asked) == 1 + 2 * 13  # all but the first reached it, and none again
     lucky = itertools.count()
-    end, asked = drive(replace(task(), stochastic=True), lambda _: int(next(lucky) == 3))
+    end, asked = climbed(aim(stochastic=True), lambda _: int(next(lucky) == 3))
     assert end is None
     assert len(asked) == 15  # one of the 14 was asked again
     assert torch.equal(asked[3].rows, asked[4].rows)
 
 
 def test_a_row_that_is_refused_can_be_drawn_again() -> None:
-    search = climb(task())
+    search = climb(aim())
     query = next(search)
     query = search.send(Answer.of(torch.tensor([1])))
     assert query.redraw is not None
@@ -164,3 +157,11 @@ def test_a_row_that_is_refused_can_be_drawn_again() -> None:
     assert float(distance(after.rows - GREY, "l2")) < float(distance(other - GREY, "l2"))
     refused = Answer(torch.tensor([-1]), None, torch.tensor([REJECTED], dtype=torch.uint8))
     assert float(distance(search.send(refused).rows - GREY, "l2")) > float(distance(after.rows - GREY, "l2"))
+
+
+def test_images_of_the_target_that_the_model_takes_for_others_are_asked_once() -> None:
+    of = aim(pictures(12))
+    _, asked = drive(Waterfill().search(of), of, lambda rows: torch.zeros(len(rows), dtype=torch.long))
+    rows = torch.cat([query.rows for query in asked])
+    assert len(rows) > 12
+    assert len(torch.unique(rows, dim=0)) == len(rows)

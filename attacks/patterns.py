@@ -203,8 +203,14 @@ def climb(task: Task) -> Generator[Query, Answer, Tensor | None]:
         tried = patterns.near(best) if k % patterns.renewal else patterns.new()
         return patterns.row(tried, distance(row - task.image, task.norm).float() * (1 - step))
 
+    def further(_: int) -> Tensor:
+        """After a refusal: go further, and end sooner."""
+        nonlocal step, least
+        least, step = least * WIDER, min(step * WIDER, 0.5)
+        return draw(0)
+
     for k in count(1):  # noqa: B007  (`draw` reads it)
-        drawn = Drawn(draw(0), draw)
+        drawn = Drawn(draw(0), further)
         if (yield from _reached(task, drawn)):
             best, row, step = tried, drawn.rows, min(step * WIDER, 0.5)
         else:

@@ -37,7 +37,9 @@ It loses where normals are the contrary of the prior (fine colours, border witho
 images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; and it gains
 little where the image has few dimensions or thousands of queries are spent: then any noise finds the normal.
 
-The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. Where answers are
+The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. What it asks for beyond
+the noise's own length is white: a stateful gate (`oars:waterfill`) takes smooth rows for alike, however far apart, and white
+noise moves a point little along the normal. It is centred further out, as HopSkipJump's (`Lift`). Where answers are
 stochastic, every iteration first asks x_b again and steps outward while it fails (`moves.hold`).
 """
 
@@ -58,7 +60,7 @@ from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Query, Search, Task
 
 from .cgba import LEVELS_OF_NOISE, semicircle
-from .hop_skip_jump import step
+from .hop_skip_jump import PART, Lift, step
 from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob
 from .noise import Noise
 from .patterns import climb
@@ -115,7 +117,7 @@ class Waterfill(Attack):
         return [self._search(task, common or Spectrum(task.image)) for task in tasks]
 
     def _search(self, task: Task, spectrum: Spectrum) -> Search:
-        knob, number, evidence = radius_knob(task.image), spectrum.enter(), Evidence(task.image)
+        knob, lift, number, evidence = radius_knob(task.image), Lift(), spectrum.enter(), Evidence(task.image)
         point, guess = (yield from climb(task)), PRECISION
         if point is None:
             rivals = 10 if task.target is None else 0  # those of the target have all been asked
@@ -131,10 +133,13 @@ class Waterfill(Attack):
             if radius == 0:
                 return
             sigma = self._sigma(task, radius) * scale
-            tolerance = max(sigma / 2 / radius, precision) if task.levels else precision
+            least = sigma / 2 if task.levels else 0.0
+            if knob.value is not None:  # a wrapper keeps rows apart by noise, and so blurs the search
+                least = max(least, knob.value / math.sqrt(task.image.numel()))
+            tolerance = max(least / radius, precision)
             rows = max(min(int(n0 * math.sqrt(t)), task.remaining - SEARCH), 1)
             evidence.fade(self.memory)
-            share = yield from _ask(task, point, sigma, rows, spectrum, evidence, knob)
+            share = yield from _ask(task, point, sigma, rows, spectrum, evidence, knob, lift)
             precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, PRECISION)
             if share == 1:  # too deep inside, or on a ridge that noise leaves on both sides
                 point, _ = yield from inward(task, point, PRECISION, precision)
@@ -168,49 +173,62 @@ class Waterfill(Attack):
 
 
 def _ask(
-    task: Task, point: Tensor, sigma: float, count: int, spectrum: Spectrum, evidence: Evidence, knob: Knob
+    task: Task, point: Tensor, sigma: float, count: int, spectrum: Spectrum, evidence: Evidence, knob: Knob, lift: Lift
 ) -> Generator[Query, Answer, float]:
     """Ask `count` noisy points around a boundary point [1,C,H,W] and add what they tell to the evidence.
 
     Returns:
         The share of the answered rows that reached the goal, NaN when there are none. Nothing was added where it is 0 or 1.
 
-    Cost: `count` rows, in queries of at most `ROW_BYTES`.
+    Cost: `count` rows, in queries of at most `ROW_BYTES`, and where a wrapper sets the noise of `PART` rows.
     """
     basis, prior, generator = spectrum.basis, spectrum.variances(), task.generator
     rest = evidence.variances(prior)
-    noise = water_filling(rest / rest.sum(), HORIZON * K * K * count)
-    deviation, across = noise.sqrt(), []
+    shares, across, root = water_filling(rest / rest.sum(), HORIZON * K * K * count), [], math.sqrt(point.numel())
     if task.norm == "l2":
         ray = point - task.image
         known = basis.compose(evidence.mean(prior)[None])
         across = [ray, known - (known * ray).sum() / ray.square().sum() * ray]
 
+    def scale() -> float:
+        return sigma if knob.value is None else knob.value / root
+
+    def variances() -> Tensor:
+        """Of the noise's coefficients over scale^2: what a wrapper asks for beyond the noise's own length is white."""
+        own = min(sigma / scale(), 1.0) ** 2
+        return shares if own == 1 else own * shares + (1 - own)
+
     def sample(n: int) -> Tensor:
-        u = basis.compose(torch.randn(n, *noise.shape, generator=generator, device=generator.device) * deviation)
+        u = basis.compose(
+            torch.randn(n, *shares.shape, generator=generator, device=generator.device) * variances().sqrt()
+        )
         for direction in across:
             part = u.flatten(1) @ direction.flatten() / direction.square().sum().clamp_min(1e-30)
             u -= part.view(-1, 1, 1, 1) * direction
         return u
 
     total, drift = point.new_zeros(1 + SHUFFLES, *point.shape[1:]), torch.zeros_like(point)
-    positive, answered = 0, 0
-    chunk = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
-    for start in range(0, count, chunk):
-        drawn = Noise(generator, sample, min(chunk, count - start), point)
-        answer = yield probes(point, drawn, sigma, sample, knob)
-        scale = sigma if knob.value is None else knob.value / math.sqrt(point.numel())
+    positive, answered, waiting = 0, 0, count
+    most = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
+    while waiting > 0:
+        length = knob.value
+        size = min(most if length is None else PART, waiting)
+        centre = point if length is None else lift.centre(task, point, length)
+        drawn = Noise(generator, sample, size, point)
+        answer = yield probes(centre, drawn, sigma, sample, knob)
         told = answer.status == ANSWERED
-        sent = torch.add(point, drawn.get(), alpha=scale).clamp_(0, 1).sub_(point).div_(scale).flatten(1)[told]
+        sent = torch.add(centre, drawn.get(), alpha=scale()).clamp_(0, 1).sub_(centre).div_(scale()).flatten(1)[told]
         reached = task.reached(answer)[told]
         signs = (2 * reached.float() - 1).to(point.device)
         orders = [torch.randperm(len(signs), generator=generator, device=generator.device) for _ in range(SHUFFLES)]
         total += (torch.stack([signs, *(signs[order] for order in orders)]) @ sent).view_as(total)
         drift += sent.sum(0).view_as(drift)
-        positive, answered = positive + int(reached.sum()), answered + len(signs)
+        positive, answered, waiting = positive + int(reached.sum()), answered + len(signs), waiting - size
+        if length is not None and len(signs):
+            lift.follow(int(reached.sum()) / len(signs))
         del drawn, sent
     if 0 < positive < answered:
         total.sub_(drift, alpha=2 * positive / answered - 1)  # HopSkipJump's eq. 16: less variance
-        left = rest if task.norm == "l2" else prior  # in linf nothing is left out of the noise
+        noise, left = variances(), rest if task.norm == "l2" else prior  # in linf nothing is left out of the noise
         evidence.add(basis.analyse(total), answered, noise, (noise * left).sum())
     return positive / answered if answered else math.nan

@@ -65,6 +65,7 @@ ATTACKS = {
     "qeba": Goal("l2", 2.77, True),
     "surfree": Goal("l2", 2.77, False),
     "boundary": Goal("l2", 2.77, True),
+    "waterfill": Goal("l2", 2.77, True),
 }
 MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "abort": ("abort:{}", {}),

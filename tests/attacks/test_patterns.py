@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustbox.attacks.patterns import LEAST, NARROWER, RIVALS, STEP, Patterns, Pieces, Wavelets, climb
+from robustbox.attacks.patterns import LEAST, NARROWER, RIVALS, STEP, WIDER, Patterns, Pieces, Wavelets, climb
 from robustbox.attacks.starts import find_start
 from robustbox.attacks.waterfill import Waterfill
 from robustbox.distances import distance
@@ -147,16 +147,34 @@ def test_where_answers_are_random_a_row_must_reach_the_goal_twice() -> None:
 
 def test_a_row_that_is_refused_can_be_drawn_again() -> None:
     search = climb(aim())
-    query = next(search)
+    asked_first = next(search)
     query = search.send(Answer.of(torch.tensor([1])))
     assert query.redraw is not None
     other = query.redraw([0])
     assert not torch.equal(other, query.rows)
-    assert distance(other - GREY, "l2").item() == pytest.approx(distance(query.rows - GREY, "l2").item(), rel=1e-3)
+    start = float(distance(asked_first.rows - GREY, "l2"))
+    assert float(distance(query.rows - GREY, "l2")) == pytest.approx(start * (1 - STEP), rel=1e-3)
+    assert float(distance(other - GREY, "l2")) == pytest.approx(
+        start * (1 - STEP * WIDER), rel=1e-3
+    )  # further, not again so
     after = search.send(Answer.of(torch.tensor([1])))  # nearer than what was drawn again, and reached the goal
     assert float(distance(after.rows - GREY, "l2")) < float(distance(other - GREY, "l2"))
     refused = Answer(torch.tensor([-1]), None, torch.tensor([REJECTED], dtype=torch.uint8))
     assert float(distance(search.send(refused).rows - GREY, "l2")) > float(distance(after.rows - GREY, "l2"))
+
+
+def test_a_climb_ends_though_short_steps_are_refused() -> None:
+    search, draws = climb(aim()), 0
+    start = float(distance(next(search).rows - GREY, "l2"))
+    answer = Answer.of(torch.tensor([1]))
+    with pytest.raises(StopIteration):
+        while draws < 500:
+            query = search.send(answer)
+            rows, draws, answer = query.rows, draws + 1, Answer.of(torch.tensor([0]))
+            while float(distance(rows - GREY, "l2")) > 0.95 * start:  # a gate that takes these for alike
+                assert query.redraw is not None
+                rows, draws = query.redraw([0]), draws + 1
+    assert draws < 100
 
 
 def test_images_of_the_target_that_the_model_takes_for_others_are_asked_once() -> None:

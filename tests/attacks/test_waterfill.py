@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ from robustbox import run_attack
 from robustbox.attacks.blocks import Blocks
 from robustbox.attacks.spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
 from robustbox.attacks.waterfill import Waterfill
+from robustbox.attacks.wrapper import relayed
+from robustbox.distances import distance
 from robustbox.errors import InputError
-from tests.attacks.analytic import Flat, check_box, unit
+from robustbox.protocol import Answer, Query
+from tests.attacks.analytic import Flat, check_box, drive, task, unit
 from tests.attacks.table import AWAY, Plane, beyond, images
 
 
@@ -184,6 +188,49 @@ def test_images_share_what_they_learn_only_where_it_is_allowed() -> None:
     shared, again = (transcript(4, True) for _ in range(2))
     assert torch.equal(shared, again)
     assert not torch.equal(shared[: len(alone)], alone[: len(shared)])
+
+
+def test_what_a_wrapper_asks_for_beyond_its_own_length_is_white() -> None:
+    of, basis = task(torch.full((3, 16, 16), 0.5), "l2", budget=200), Blocks((3, 16, 16), torch.device("cpu"))
+    fine = (basis.cycles > 4).repeat(3, 1, 1)
+    fine[0] = False  # the prior expects nothing of fine colours
+    side = unit((3, 16, 16), seed=2)
+    search, answer, shares = Waterfill().search(of), None, []
+    while True:
+        query = next(search) if answer is None else search.send(answer)
+        if query.kind == "probe":
+            break
+        answer = Answer.of(((query.rows - of.image) * side).sum((1, 2, 3)).gt(0.02).long())
+    (knob,) = query.knobs
+    assert query.redraw is not None
+    own = float(torch.linalg.vector_norm(query.rows - query.rows.mean(0), dim=(1, 2, 3)).mean())
+    for times in (1.0, 2.0, 8.0):
+        knob.value = times * own
+        rows = query.redraw(list(range(len(query.rows))))
+        noise = rows - rows.mean(0)
+        assert float(torch.linalg.vector_norm(noise, dim=(1, 2, 3)).mean()) == pytest.approx(knob.value, rel=0.2)
+        energy = basis.analyse(noise).square().sum(0)
+        shares.append(float(energy[fine].sum() / energy.sum()))
+    assert shares[0] < shares[1] < shares[2]
+    assert shares[0] < 0.1
+    assert shares[2] == pytest.approx(float(fine.float().mean()), rel=0.1)
+
+
+def test_it_comes_near_under_noise_that_is_mostly_white() -> None:
+    of, blocky = task(torch.full((3, 16, 16), 0.5), "l2", budget=600), unit((3, 4, 4), seed=2)
+    normal = blocky.repeat_interleave(4, dim=-1).repeat_interleave(4, dim=-2) / 4
+
+    def ask(query: Query) -> Generator[Query, Answer, Answer]:
+        for knob in query.knobs:
+            knob.value = 0.75  # five times its own
+        return (yield query)
+
+    def answers(rows: Tensor) -> Tensor:
+        return ((rows - of.image) * normal).sum((1, 2, 3)).gt(0.5).long()
+
+    _, asked = drive(relayed(Waterfill().search(of), ask), of, answers)
+    rows = torch.cat([query.rows for query in asked])
+    assert float(distance(rows[answers(rows) == 1] - of.image, "l2").min()) < 1.3 * 0.5
 
 
 @pytest.mark.parametrize("options", [{"n0": 0}, {"memory": -0.1}, {"memory": 1.5}])

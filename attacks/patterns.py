@@ -55,9 +55,12 @@ class Patterns(ABC):
 
     Attributes:
         renewal: every so many-th pattern of a climb is a new one.
+        own: how much the numbers of the family itself differ between neighbours, where that does not depend on the pattern.
+        usual: that of all numbers.
     """
 
     renewal: ClassVar[int]
+    own: ClassVar[tuple[float, ...]]
 
     def __init__(self, task: Task) -> None:
         self.image, self.norm, self.generator = task.image, task.norm, task.generator
@@ -66,7 +69,7 @@ class Patterns(ABC):
         self._y, self._x = (torch.linspace(-1, 1, n, device=self.device) for n in (self.height, self.width))
         self.down, self.right = (torch.arange(n, device=self.device) for n in (self.height, self.width))
         self.wide = torch.tensor([0.0] * 3 + [1.0] * self.channels, device=self.device)
-        self._spread = torch.tensor([3.0, 0.5, 0.5] + [1.0] * self.channels, device=self.device)
+        self.usual = torch.tensor([*self.own, 3.0, 0.5, 0.5] + [1.0] * self.channels, device=self.device)
 
     @abstractmethod
     def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -78,7 +81,7 @@ class Patterns(ABC):
 
     @abstractmethod
     def spread(self, pattern: Tensor) -> Tensor:
-        """How much the numbers of the family differ between a pattern and its neighbours."""
+        """How much each number differs between a pattern and its neighbours."""
 
     @abstractmethod
     def direction(self, pattern: Tensor) -> Tensor:
@@ -87,8 +90,8 @@ class Patterns(ABC):
     def near(self, pattern: Tensor) -> Tensor:
         """A neighbour of a pattern."""
         low, high = SCALES
-        scale = low * (high / low) ** self.uniform(1) * torch.cat([self.spread(pattern), self._spread])
-        return pattern + scale * torch.randn(scale.shape, generator=self.generator, device=self.device)
+        scale = low * (high / low) ** self.uniform(1) * self.spread(pattern)
+        return torch.addcmul(pattern, scale, torch.randn(scale.shape, generator=self.generator, device=self.device))
 
     def window(self, pattern: Tensor) -> Tensor:
         """The window times the amounts, [C,H,W]."""
@@ -102,14 +105,19 @@ class Patterns(ABC):
     def row(self, pattern: Tensor, far: Tensor) -> Tensor:
         """The image with a pattern [1,C,H,W], clipped to the box: at a distance [1], or as far as the box allows."""
         direction = self.direction(pattern)
-        length = far / distance(direction[None], self.norm).float().clamp_min(1e-9)
+        length = far / self._size(direction)
         for _ in range(3):  # what clipping takes is made up for
-            short = far / distance(self._moved(direction, length) - self.image, self.norm).float().clamp_min(1e-9)
+            short = far / self._size(self._moved(direction, length).sub_(self.image))
             length = length * short.clamp_(0.5, 4)
-        return self._moved(direction, length)
+        return self._moved(direction, length)[None]
 
     def _moved(self, direction: Tensor, length: Tensor) -> Tensor:
-        return torch.add(self.image, direction * length)[None].clamp_(0, 1)
+        return torch.addcmul(self.image, direction, length).clamp_(0, 1)
+
+    def _size(self, difference: Tensor) -> Tensor:
+        """Its length in the task's norm: as `distance`, in single precision, for a row is asked each time."""
+        size: Tensor = torch.linalg.vector_norm(difference, 2 if self.norm == "l2" else math.inf)
+        return size.clamp_min_(1e-9)
 
 
 class Wavelets(Patterns):
@@ -118,7 +126,11 @@ class Wavelets(Patterns):
     A pattern begins with f in y and x (cycles a pixel) and the phase.
     """
 
-    renewal = 4
+    renewal, own = 4, (0.0, 0.0, 4.0)
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._rates = torch.tensor([1.0, 1.0] + [0.0] * (len(self.usual) - 2), device=self.device)
 
     def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
         unit = math.sqrt(self.image.numel()) if self.norm == "l2" else 1.0
@@ -133,13 +145,12 @@ class Wavelets(Patterns):
         return torch.cat([torch.stack(wave), self.wide])
 
     def spread(self, pattern: Tensor) -> Tensor:
-        rate = torch.linalg.vector_norm(pattern[:2])
-        return torch.stack([rate, rate, torch.full_like(rate, 4.0)])
+        return torch.addcmul(self.usual, self._rates, torch.linalg.vector_norm(pattern[:2]))
 
     def direction(self, pattern: Tensor) -> Tensor:
         fy, fx, phase = pattern[:3]
         turns = fy * self.down[:, None] + fx * self.right
-        wave = torch.sin(2 * math.pi * turns + phase) * self.window(pattern)
+        wave = torch.add(phase, turns, alpha=2 * math.pi).sin_() * self.window(pattern)
         return wave.sign() if self.norm == "linf" else wave
 
 
@@ -148,7 +159,7 @@ class Pieces(Patterns):
     1 - exp(-(f / cut)^2 / 2). In linf it is cut off at its mean size. A pattern begins with the number of the image, from the
     nearest on, and log cut."""
 
-    renewal = 2
+    renewal, own = 2, (0.0, 2.0)
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -168,7 +179,7 @@ class Pieces(Patterns):
         return torch.cat([torch.stack([chosen, math.log(low) + math.log(high / low) * cut]), self.wide])
 
     def spread(self, pattern: Tensor) -> Tensor:
-        return torch.tensor([0.0, 2.0], device=self.device)
+        return self.usual
 
     def direction(self, pattern: Tensor) -> Tensor:
         difference = self._rival(int(pattern[0]))[0] - self.image
@@ -197,11 +208,12 @@ def climb(task: Task) -> Generator[Query, Answer, Tensor | None]:
     else:
         return None
     tried, step, least = best, STEP, LEAST / math.sqrt(task.image.numel())
+    far = distance(row - task.image, task.norm).float()
 
     def draw(_: int) -> Tensor:
         nonlocal tried
         tried = patterns.near(best) if k % patterns.renewal else patterns.new()
-        return patterns.row(tried, distance(row - task.image, task.norm).float() * (1 - step))
+        return patterns.row(tried, far * (1 - step))
 
     def further(_: int) -> Tensor:
         """After a refusal: go further, and end sooner."""
@@ -213,6 +225,7 @@ def climb(task: Task) -> Generator[Query, Answer, Tensor | None]:
         drawn = Drawn(draw(0), further)
         if (yield from _reached(task, drawn)):
             best, row, step = tried, drawn.rows, min(step * WIDER, 0.5)
+            far = distance(row - task.image, task.norm).float()
         else:
             step *= NARROWER
             if step < least:

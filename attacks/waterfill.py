@@ -37,8 +37,8 @@ It loses where normals are the contrary of the prior (fine colours, border witho
 images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; and it gains
 little where the image has few dimensions or thousands of queries are spent: then any noise finds the normal.
 
-The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. What it asks for beyond
-the noise's own length is white: a stateful gate (`oars:waterfill`) takes smooth rows for alike, however far apart, and white
+The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. Where it is set, at least
+half of the noise's energy is white: a stateful gate (`oars:waterfill`) takes smooth rows for alike even far apart, and white
 noise moves a point little along the normal. It is centred further out, as HopSkipJump's (`Lift`). Where answers are
 stochastic, every iteration first asks x_b again and steps outward while it fails (`moves.hold`).
 """
@@ -77,6 +77,8 @@ DEEP, FINEST = 0.85, 1e-4
 """The share of successes from which on the search is made more precise, and how precise it becomes at most."""
 HORIZON = 3.0
 """The queries shared out over those of one iteration: the evidence of about so many is combined."""
+SMOOTH = 0.5
+"""The share of the noise's variance that is the attack's own at most, where a wrapper sets its length."""
 FIRST, SEARCH = 0.6, 8
 """The first angle tried (radians; on a straight line the share of the way), and the rows that a search usually takes."""
 
@@ -194,8 +196,8 @@ def _ask(
         return sigma if knob.value is None else knob.value / root
 
     def variances() -> Tensor:
-        """Of the noise's coefficients over scale^2: what a wrapper asks for beyond the noise's own length is white."""
-        own = min(sigma / scale(), 1.0) ** 2
+        """Of the noise's coefficients over scale^2: white but for the noise's own part, where a wrapper sets the length."""
+        own = 1.0 if knob.value is None else min((sigma / scale()) ** 2, SMOOTH)
         return shares if own == 1 else own * shares + (1 - own)
 
     def sample(n: int) -> Tensor:

@@ -190,7 +190,7 @@ def test_images_share_what_they_learn_only_where_it_is_allowed() -> None:
     assert not torch.equal(shared[: len(alone)], alone[: len(shared)])
 
 
-def test_what_a_wrapper_asks_for_beyond_its_own_length_is_white() -> None:
+def test_where_a_wrapper_sets_the_noise_at_least_half_of_it_is_white() -> None:
     of, basis = task(torch.full((3, 16, 16), 0.5), "l2", budget=200), Blocks((3, 16, 16), torch.device("cpu"))
     fine = (basis.cycles > 4).repeat(3, 1, 1)
     fine[0] = False  # the prior expects nothing of fine colours
@@ -204,16 +204,18 @@ def test_what_a_wrapper_asks_for_beyond_its_own_length_is_white() -> None:
     (knob,) = query.knobs
     assert query.redraw is not None
     own = float(torch.linalg.vector_norm(query.rows - query.rows.mean(0), dim=(1, 2, 3)).mean())
-    for times in (1.0, 2.0, 8.0):
-        knob.value = times * own
+    for times in (None, 0.5, 1.0, 2.0, 8.0):
+        knob.value = times and times * own
         rows = query.redraw(list(range(len(query.rows))))
         noise = rows - rows.mean(0)
-        assert float(torch.linalg.vector_norm(noise, dim=(1, 2, 3)).mean()) == pytest.approx(knob.value, rel=0.2)
+        length = float(torch.linalg.vector_norm(noise, dim=(1, 2, 3)).mean())
+        assert length == pytest.approx(own if times is None else times * own, rel=0.2)
         energy = basis.analyse(noise).square().sum(0)
-        shares.append(float(energy[fine].sum() / energy.sum()))
-    assert shares[0] < shares[1] < shares[2]
+        shares.append(float(energy[fine].sum() / energy.sum()) / float(fine.float().mean()))
     assert shares[0] < 0.1
-    assert shares[2] == pytest.approx(float(fine.float().mean()), rel=0.1)
+    assert shares[1:3] == [pytest.approx(0.5, rel=0.2)] * 2
+    assert shares[2] < shares[3] < shares[4]
+    assert shares[4] == pytest.approx(1.0, rel=0.1)
 
 
 def test_it_comes_near_under_noise_that_is_mostly_white() -> None:

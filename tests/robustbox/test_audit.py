@@ -344,7 +344,7 @@ def test_an_audit_that_was_killed_goes_on_to_the_same_report(tmp_path: Path, roo
 
 
 @pytest.mark.parametrize(
-    ("name", "systems", "cells"), [("quick", 6, 24), ("leaderboard", 13, 73), ("bayes-subspace", 1, 5)]
+    ("name", "systems", "cells"), [("quick", 6, 24), ("leaderboard", 13, 77), ("bayes-subspace", 1, 5)]
 )
 def test_the_audits_that_come_along_can_be_planned(
     name: str, systems: int, cells: int, root: Path, tmp_path: Path

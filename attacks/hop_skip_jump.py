@@ -104,11 +104,9 @@ class HopSkipJump(Attack):
         total = torch.zeros_like(point)
         while rows > 0:
             length = knob.value
-            part = rows if length is None else min(PART, rows)
-            centre = point if length is None else lift.centre(task, point, length)
+            part, centre = lift.part(rows, length), lift.centre(task, point, length)
             normal, share = yield from estimate_normal(task, centre, sigma, part, sample, knob, centred=True)
-            if length is not None:
-                lift.follow(share)
+            lift.follow(share, length)
             total, rows = total + normal, rows - part
         return total
 
@@ -157,14 +155,22 @@ class Lift:
 
     height: float = 0.0
 
-    def centre(self, task: Task, point: Tensor, length: float) -> Tensor:
-        """Where noise of a length is centred for a boundary point [1,C,H,W]."""
+    def part(self, rows: int, length: float | None) -> int:
+        """How many of so many rows to ask before noise is centred anew: all, where it is the attack's own (length None)."""
+        return rows if length is None else min(PART, rows)
+
+    def centre(self, task: Task, point: Tensor, length: float | None) -> Tensor:
+        """Where noise of a length is centred for a boundary point [1,C,H,W]; the point itself for the attack's own."""
+        if length is None or not self.height:
+            return point
         ray = point - task.image
         far = float(torch.linalg.vector_norm(ray))
-        return torch.add(point, ray, alpha=self.height * length / far).clamp_(0, 1) if self.height else point
+        return torch.add(point, ray, alpha=self.height * length / far).clamp_(0, 1)
 
-    def follow(self, share: float) -> None:
-        """Learn from the share of rows that reached the goal."""
+    def follow(self, share: float, length: float | None) -> None:
+        """Learn from the share of rows that reached the goal under noise of a length; nothing from NaN."""
+        if length is None:
+            return
         if share < LOPSIDED:
             self.height = min(max(2 * self.height, LOWEST), 1.0)
         elif share > 1 - LOPSIDED:

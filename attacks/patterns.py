@@ -199,7 +199,8 @@ def climb(task: Task) -> Generator[Query, Answer, Tensor | None]:
     None where no start reached it: no wavelet, or no image of the target class, which the attacker may own none of.
 
     Cost: the starts until one reaches the goal (at most 14 wavelets, `RIVALS` images), 1 row each, and then as many as pay:
-    log(least / STEP) / log(NARROWER) where nothing nearer is found (24 for 3 x 32 x 32).
+    log(least / STEP) / log(NARROWER) where nothing nearer is found (24 for 3 x 32 x 32). A refused row is drawn again
+    with a step WIDER times as long, and the climb ends at a step as much longer.
     """
     patterns = Wavelets(task) if task.target is None else Pieces(task)
     for best, row in patterns.starts():  # noqa: B007  (where the loop breaks, the climb begins)

@@ -60,7 +60,7 @@ from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Query, Search, Task
 
 from .cgba import LEVELS_OF_NOISE, semicircle
-from .hop_skip_jump import PART, Lift, step
+from .hop_skip_jump import Lift, step
 from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob
 from .noise import Noise
 from .patterns import climb
@@ -182,7 +182,7 @@ def _ask(
     Returns:
         The share of the answered rows that reached the goal, NaN when there are none. Nothing was added where it is 0 or 1.
 
-    Cost: `count` rows, in queries of at most `ROW_BYTES`, and where a wrapper sets the noise of `PART` rows.
+    Cost: `count` rows, in queries of at most `ROW_BYTES`, and where a wrapper sets the noise of those that `Lift` says.
     """
     basis, prior, generator = spectrum.basis, spectrum.variances(), task.generator
     rest = evidence.variances(prior)
@@ -214,8 +214,7 @@ def _ask(
     most = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
     while waiting > 0:
         length = knob.value
-        size = min(most if length is None else PART, waiting)
-        centre = point if length is None else lift.centre(task, point, length)
+        size, centre = lift.part(min(most, waiting), length), lift.centre(task, point, length)
         drawn = Noise(generator, sample, size, point)
         answer = yield probes(centre, drawn, sigma, sample, knob)
         told = answer.status == ANSWERED
@@ -226,8 +225,7 @@ def _ask(
         total += (torch.stack([signs, *(signs[order] for order in orders)]) @ sent).view_as(total)
         drift += sent.sum(0).view_as(drift)
         positive, answered, waiting = positive + int(reached.sum()), answered + len(signs), waiting - size
-        if length is not None and len(signs):
-            lift.follow(int(reached.sum()) / len(signs))
+        lift.follow(int(reached.sum()) / len(signs) if len(signs) else math.nan, length)
         del drawn, sent
     if 0 < positive < answered:
         total.sub_(drift, alpha=2 * positive / answered - 1)  # HopSkipJump's eq. 16: less variance

@@ -108,10 +108,17 @@ class Certifier:
                 f"{box.name} takes images of {box.levels} grey levels only: give levels={box.levels}, and clip"
             )
 
-    def certify(self, oracle: Oracle, image: Tensor) -> Certificate:
+    def certify(self, oracle: Oracle, image: Tensor, truth: int | None = None) -> Certificate:
         """Certify an image [C,H,W] in [0, 1].
 
-        Query cost: n0 + n rows, all on the `certify` ledger. Rows that a defense refuses count as answered otherwise.
+        Args:
+            oracle: through which the black box is asked.
+            image: [C,H,W] in [0, 1].
+            truth: its class, where only certified accuracy is wanted: a guess of another class is certified right at no
+                radius whatever the n draws say, so that they are not asked, and the image counts as abstained.
+
+        Query cost: n0 + n rows, all on the `certify` ledger; n0 where the guess is not `truth`. Rows that a defense refuses
+        count as answered otherwise.
         """
         name = sha256(image)
         noise = stream(image.device, self.seed, name, "certify")
@@ -120,6 +127,8 @@ class Certifier:
         if not len(guessed):
             return Certificate(ABSTAINED, 0.0, 0)
         label = int(guessed.argmax())
+        if truth is not None and label != truth:
+            return Certificate(ABSTAINED, 0.0, 0)
         counts = self._count(oracle, image, self.n, noise, account)
         hits = int(counts[label]) if label < len(counts) else 0
         certified = radius(hits, self.n, self.sigma, self.alpha)

@@ -5,6 +5,8 @@
 Trains on the first 10,000 of the shuffled CIFAR-10 training set, certifies the first images of the test file at sigma 0.25. The
 paper's setting is --rows 1950000000 (RGE) or 3870000000 (CGE), --images 10000, --n 10000, with --depth 17 --width 64. A cell
 writes its trend (agreement of the held-out images with the model's clean answers, under one noise draw) over the rows spent.
+Images whose class 100 draws do not guess spend no further ones. --bfloat16 certifies defense and model in that precision, about
+2.5 times as fast where the processor has it; training stays in single precision, whose differences it needs.
 Cells that stand in the file --out are not measured again, and a training that was cut off goes on.
 """
 
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--ae-epochs", type=int, default=20)
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--width", type=int, default=24)
+    parser.add_argument("--bfloat16", action="store_true", help="certify what answers in bfloat16")
     parser.add_argument("--out", type=Path, default=Path("build/zo_cifar.json"))
     options = parser.parse_args()
 
@@ -96,9 +99,10 @@ def main() -> None:
                     write_defense(file, defense, {"ledger": dict(shop.oracle.ledger), **shop.record})
                 entry, base = {"file": file.name}, read_defense(file).wrap(box, seed)
             certifier, oracle = Certifier(options.sigma, 100, options.n, batch=64, seed=seed), Oracle(base)
-            found = [certifier.certify(oracle, image) for image in fresh]
+            with torch.autocast(box.device.type, torch.bfloat16, enabled=options.bfloat16):
+                found = [certifier.certify(oracle, *each) for each in zip(fresh, fresh_labels, strict=True)]
             entry["certified"] = {str(r): share(*certified_share(found, fresh_labels, r)) for r in RADII}
-            entry["n"], entry["images"] = options.n, options.images
+            entry |= {"n": options.n, "images": options.images, "bfloat16": options.bfloat16}
             keep(options.out, done, key, entry)
     print("\n| defense | seed | " + " | ".join(f"r = {r}" for r in RADII) + " |\n|---|---|" + "---|" * len(RADII))
     for name in CELLS:

@@ -121,6 +121,14 @@ def test_clipping_and_rounding_are_part_of_what_is_certified() -> None:
     assert sorted(torch.cat(box.seen).unique().tolist()) == [0, 0.5, 1]
 
 
+def test_a_wrong_guess_spends_no_more_rows_where_the_class_is_known() -> None:
+    for truth, rows in ((None, 150), (1, 150), (0, 50)):
+        box = Coin(1.0)
+        certificate = Certifier(n0=50, n=100).certify(Oracle(box), IMAGE, truth)
+        assert box.rows == rows
+        assert (certificate.predicted == 1, certificate.hits) == ((False, 0) if truth == 0 else (True, 100))
+
+
 def test_refused_rows_certify_nothing() -> None:
     assert Certifier(n0=5, n=50).certify(Oracle(Coin(1.0, refuses=True)), IMAGE) == Certificate(ABSTAINED, 0.0, 0)
 

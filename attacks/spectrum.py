@@ -107,6 +107,10 @@ class Spectrum:
 
     Args:
         like: an image [C,H,W].
+
+    Attributes:
+        basis: that of the coefficients.
+        groups: the bands and the cells, each a number for every coefficient, [C H W], and how many there are.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -120,15 +124,15 @@ class Spectrum:
         band = (basis.cycles * (BANDS * 0.999 / max(float(basis.cycles.max()), 1e-9))).long()
         colour = torch.arange(channels, device=device).view(-1, 1, 1)
         groups = (colour * BANDS + band, basis.cell.expand(shape))
-        self._groups = [(group.flatten(), int(group.max()) + 1) for group in groups]
-        self._logs = [torch.zeros(size, device=device) for _, size in self._groups]
+        self.groups = [(group.flatten(), int(group.max()) + 1) for group in groups]
+        self._logs = [torch.zeros(size, device=device) for _, size in self.groups]
         self._informed: dict[int, list[Tensor]] = {}
         self._shape = shape
 
     def variances(self) -> Tensor:
         """The prior variances c [C,H,W]; their sum is 1."""
         factor = torch.zeros(self._base.shape, device=self._base.device)
-        for log, (group, _) in zip(self._logs, self._groups, strict=True):
+        for log, (group, _) in zip(self._logs, self.groups, strict=True):
             factor += log[group].view(self._shape)
         c = self._base * factor.exp_()
         return c / c.sum()
@@ -140,7 +144,7 @@ class Spectrum:
 
     def learn(self, image: int, evidence: Evidence) -> None:
         """Take in the evidence of an image, by its number, in place of what it told before."""
-        c, nothing, (cell, cells) = self.variances(), evidence.heard[1:].square().mean(0), self._groups[-1]
+        c, nothing, (cell, cells) = self.variances(), evidence.heard[1:].square().mean(0), self.groups[-1]
         there, sent = (c.new_zeros(cells).index_add_(0, cell, x.flatten()) for x in (nothing, evidence.spread))
         kept = (there / sent.clamp_min(1e-9))[cell].view(self._shape)  # what clipping left of the noise
         spread = evidence.spread.clamp_min(1e-9) * kept.clamp_min(1e-3)
@@ -149,7 +153,7 @@ class Spectrum:
         weight = signal / (2 * (1 + signal).square() * (1 + 1 / SHUFFLES))
         score, information = weight * (excess - signal), weight * signal
         score = score - score.sum() / information.sum().clamp_min(1e-9) * information
-        for k, (group, size) in enumerate(self._groups):
+        for k, (group, size) in enumerate(self.groups):
             if size == 1:
                 continue
             slope, own = (

@@ -2,11 +2,16 @@
 
     python scripts/eval_normals.py                        CIFAR-10, MNIST and ImageNet: some minutes
     python scripts/eval_normals.py --only cifar10 --images 20
+    python scripts/eval_normals.py --only towards mnist --exact 1 0.3 0.1
 
 Images are those on which options were chosen. The normals are gradients of the margin at the boundary points that `waterfill`
 reaches with 120 queries, their part along the ray left out; the cosine is the expected one of an estimate from so many signs,
 asked with the noise that a prior shares out for them and weighed by it, with normals of the mean energy measured. `before` is
-the prior that gave colours 0.3 of grey at every frequency, `oracle` that mean energy itself.
+the prior that gave colours 0.3 of grey at every frequency, `oracle` that mean energy itself, and `groups` the prior with the
+factors that `Spectrum` learns set to what each image's own normal has: what learning could bring at most, a mean over images.
+`towards` are CIFAR-10's images, each towards the next class.
+With --exact nothing is estimated: an iteration takes the white-box normal across the ray, turned away from it at random to the
+cosine given, and asks rows for its search alone. It tells what better estimates could bring.
 Distances along patterns are medians over images of the nearest of four, by bisection.
 """
 
@@ -15,11 +20,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,13 +36,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_waterfill import inputs
 
 from robustbox import run_attack
-from robustbox.attacks import patterns, spectrum
+from robustbox.attacks import patterns, waterfill
+from robustbox.attacks import spectrum as spectrum_of
 from robustbox.attacks.spectrum import K, Spectrum, water_filling
 from robustbox.attacks.subspaces import sampler
-from robustbox.protocol import Task
+from robustbox.protocol import Answer, Query, Task
 from robustbox.statistics import median
 
-CHOSEN = {"cifar10": (100, 60), "mnist": (100, 60), "imagenet": (30, 12)}
+CHOSEN = {"cifar10": (100, 60), "towards": (100, 24), "mnist": (100, 60), "imagenet": (30, 12)}
 """Of each data set, the first image and how many."""
 SIGNS = (100, 300, 1000)
 
@@ -55,13 +63,18 @@ def boundary(model: nn.Module, image: Tensor, label: int, end: Tensor, halvings:
     return torch.lerp(image, end, far), True
 
 
-def normal(model: nn.Module, image: Tensor, label: int, point: Tensor) -> Tensor:
-    """The gradient of the margin at a boundary point, its part along the ray left out, of length 1."""
+def normal(model: nn.Module, image: Tensor, label: int, point: Tensor, target: int | None = None) -> Tensor:
+    """The gradient of the margin into the goal at a point [C,H,W], its part along the ray left out, of length 1.
+
+    The goal is the target, or without one what is not the label.
+    """
     point = point.clone().requires_grad_()
-    scores = model(point[None])[0]
-    others = scores.detach().clone()
-    others[label] = -math.inf
-    (slope,) = torch.autograd.grad(scores[others.argmax()] - scores[label], point)
+    with torch.enable_grad():
+        scores = model(point[None])[0]
+        others = scores.detach().clone()
+        others[label if target is None else target] = -math.inf
+        rival = scores[others.argmax()]
+        (slope,) = torch.autograd.grad(rival - scores[label] if target is None else scores[target] - rival, point)
     ray = F.normalize((point.detach() - image).flatten(), dim=0).view_as(slope)
     return F.normalize((slope - (slope * ray).sum() * ray).flatten(), dim=0).view_as(slope)
 
@@ -73,6 +86,16 @@ def cosine(prior: Tensor, energy: Tensor, signs: int) -> float:
     weight = prior / (1 + prior * told)
     found = (weight * told * energy).sum()
     return float(found / (weight.square() * (told.square() * energy + told)).sum().sqrt())
+
+
+def groups_known(spectrum: Spectrum, energy: Tensor) -> Tensor:
+    """The prior with the factors of its groups set to what a normal of this energy [C,H,W] has, sum 1."""
+    prior = spectrum.variances()
+    known = prior.clone()
+    for group, size in spectrum.groups:
+        there, expected = (torch.zeros(size).index_add_(0, group, each.flatten()) for each in (energy, prior))
+        known *= (there / expected.clamp_min(1e-12))[group].view_as(prior).clamp_min(1e-6)
+    return known / known.sum()
 
 
 def nearest_of_four(model: nn.Module, images: Tensor, labels: Tensor, draw: Callable[[Tensor], Tensor]) -> float:
@@ -101,31 +124,84 @@ def wavelet(generator: torch.Generator, image: Tensor) -> Tensor:
     return family.direction(family.new())
 
 
+def exactly(data: str, share: float, count: int | None, budget: int = 500) -> None:
+    """Print the distances of `waterfill` whose estimate is the white-box normal, turned away until their cosine is `share`."""
+    model, images, labels, aim = chosen(data, count)
+    found: dict[int, Tensor] = {}
+
+    def told(
+        task: Task,
+        point: Tensor,
+        sigma: float,
+        count: int,
+        spectrum: Spectrum,
+        evidence: spectrum_of.Evidence,
+        *_: object,
+    ) -> Generator[Query, Answer, float]:
+        label = int(model(task.image[None]).argmax())
+        true = normal(model, task.image, label, point[0], task.target)
+        aside = torch.randn(true.shape, generator=task.generator)
+        aside -= (aside * true).sum() * true
+        mixed = share * true + math.sqrt(1 - share**2) * aside / torch.linalg.vector_norm(aside)
+        found[id(evidence)] = spectrum.basis.analyse(mixed[None])[0]
+        return 0.5
+        yield  # a generator, which asks nothing
+
+    with (
+        patch.object(waterfill, "_ask", told),
+        patch.object(spectrum_of.Evidence, "mean", lambda evidence, _: found[id(evidence)]),
+        patch.object(spectrum_of.Evidence, "rule_out", lambda *_: None),
+    ):
+        options = {"learn": False}
+        result = run_attack(model, images, labels, "waterfill", "l2", budget=budget, attack_options=options, **aim)
+    marks = [mark for mark in (100, 150, 200, 300, 500) if mark <= budget]
+    curves = np.array([[min((far for q, far in t if q <= m), default=math.inf) for m in marks] for t in result.traces])
+    medians = "  ".join(f"{mark}: {median(curves[:, k]):.3g}" for k, mark in enumerate(marks))
+    print(f"{data}, {len(images)} images, normals of cosine {share:g}: {medians}", flush=True)
+
+
+def chosen(data: str, count: int | None) -> tuple[nn.Module, Tensor, Tensor, dict[str, Any]]:
+    """Model, images, labels and the targets, if any, of a data set."""
+    skip, n = CHOSEN[data]
+    model, images, labels, pool = inputs("cifar10" if data == "towards" else data, skip, count or n)
+    return model, images, labels, {"targets": (labels + 1) % 10, "pool": pool} if data == "towards" else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Where normals lie, and how far the boundary is along patterns.")
     parser.add_argument("--only", nargs="+", choices=list(CHOSEN), default=list(CHOSEN))
     parser.add_argument("--images", type=int)
+    parser.add_argument("--exact", type=float, nargs="+", metavar="COSINE", help="white-box normals of these cosines")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for data in args.only:
-        skip, n = CHOSEN[data]
-        model, images, labels, _ = inputs(data, skip, args.images or n)
-        result = run_attack(model, images, labels, "waterfill", "l2", budget=120)
-        ours = Spectrum(images[0])
-        energy = torch.zeros_like(images[0])
-        for image, label, end in zip(images, labels.tolist(), result.adversarials, strict=True):
-            point, _ = boundary(model, image, label, end)
-            energy += ours.basis.analyse(normal(model, image, label, point)[None])[0].square() / len(images)
+        if args.exact:
+            for share in args.exact:
+                exactly(data, share, args.images)
+            continue
+        model, images, labels, aim = chosen(data, args.images)
+        result = run_attack(model, images, labels, "waterfill", "l2", budget=120, **aim)
+        ours, each = Spectrum(images[0]), []
+        for k, (image, label, end) in enumerate(zip(images, labels.tolist(), result.adversarials, strict=True)):
+            target = int(aim["targets"][k]) if aim else None
+            point = end if aim else boundary(model, image, label, end)[0]
+            if bool(torch.isfinite(point).all()):
+                each.append(ours.basis.analyse(normal(model, image, label, point, target)[None])[0].square())
+        energy = torch.stack(each).mean(0)
         side = float(min(images.shape[2:]))
-        with patch.multiple(spectrum, COLOUR=0.3, CYCLES=40.0, COARSE=40.0 / side, MIDDLE=1.0):
+        with patch.multiple(spectrum_of, COLOUR=0.3, CYCLES=40.0, COARSE=40.0 / side, MIDDLE=1.0):
             before = Spectrum(images[0]).variances()
         print(
-            f"{data}, images {skip} to {skip + len(images)}: energy by colour",
+            f"{data}, images {CHOSEN[data][0]} to {CHOSEN[data][0] + len(images)}: energy by colour",
             [round(float(e), 2) for e in energy.sum((1, 2))],
         )
         priors = {"present": ours.variances(), "before": before, "white": torch.full_like(energy, 1 / energy.numel())}
         for name, prior in (priors | {"oracle": energy.clamp_min(1e-9) / energy.sum()}).items():
             print(f"  cosine, {name:8}" + "".join(f"  {q}: {cosine(prior, energy, q):.3f}" for q in SIGNS))
+        means = [sum(cosine(groups_known(ours, e), e, q) for e in each) / len(each) for q in SIGNS]
+        print("  cosine, groups  " + "".join(f"  {q}: {mean:.3f}" for q, mean in zip(SIGNS, means, strict=True)))
+        if aim:
+            continue
         generator = torch.Generator().manual_seed(0)
         near = partial(nearest_of_four, model, images, labels)
         print(f"  nearest of four, tiles of period 2: {near(partial(tile, generator)):.3g}")

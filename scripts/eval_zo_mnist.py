@@ -156,7 +156,7 @@ def classify(options: argparse.Namespace, done: dict[str, Any]) -> None:
                     shop.record.get("agreement_by_rows"),
                 )
             certifier, oracle = Certifier(options.sigma, 100, options.n, seed=seed), Oracle(base)
-            found = [certifier.certify(oracle, image) for image in test]
+            found = [certifier.certify(oracle, *each) for each in zip(test, truth.tolist(), strict=True)]
             shares = {str(r): share(*certified_share(found, truth.tolist(), r)) for r in RADII}
             keep(options.out, done, key, {"certified": shares, "ledger": ledger, "trend": flat})
     print(f"\n| defense | {' | '.join(f'r = {r}' for r in RADII)} | rows |\n|---|{'---|' * len(RADII)}---|")

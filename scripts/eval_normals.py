@@ -26,14 +26,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_waterfill import inputs
+from bench_waterfill import curve, inputs
 
 from robustbox import run_attack
 from robustbox.attacks import patterns, waterfill
@@ -155,7 +154,7 @@ def exactly(data: str, share: float, count: int | None, budget: int = 500) -> No
         options = {"learn": False}
         result = run_attack(model, images, labels, "waterfill", "l2", budget=budget, attack_options=options, **aim)
     marks = [mark for mark in (100, 150, 200, 300, 500) if mark <= budget]
-    curves = np.array([[min((far for q, far in t if q <= m), default=math.inf) for m in marks] for t in result.traces])
+    curves = curve({"traces": result.traces}, marks)
     medians = "  ".join(f"{mark}: {median(curves[:, k]):.3g}" for k, mark in enumerate(marks))
     print(f"{data}, {len(images)} images, normals of cosine {share:g}: {medians}", flush=True)
 

@@ -147,7 +147,7 @@ class HopSkipJump(Attack):
 
 @dataclass(slots=True)
 class Lift:
-    """How far out on the ray from the image noise is centred that is longer than the attack's own: `height`, in lengths of it.
+    """How far out on the ray from the image noise is centred that leaves the goal: `height`, in lengths of it.
 
     Noise of length r in d dimensions leaves a region that bends with radius R by about r^2 / 2R, and goes r / sqrt(d) to either
     side along the normal. Where the former is more, hardly a row reaches the goal, and an estimate learns nothing.
@@ -156,11 +156,11 @@ class Lift:
     height: float = 0.0
 
     def part(self, rows: int, length: float | None) -> int:
-        """How many of so many rows to ask before noise is centred anew: all, where it is the attack's own (length None)."""
+        """How many of so many rows to ask before noise is centred anew: all, where no wrapper sets its length (None)."""
         return rows if length is None else min(PART, rows)
 
     def centre(self, task: Task, point: Tensor, length: float | None) -> Tensor:
-        """Where noise of a length is centred for a boundary point [1,C,H,W]; the point itself for the attack's own."""
+        """Where noise of a length is centred for a boundary point [1,C,H,W]; the point itself for None."""
         if length is None or not self.height:
             return point
         ray = point - task.image

@@ -9,6 +9,11 @@ for f_i cycles an image, a squared distance a_i from its middle (1 at a border) 
 colours count where waves are long, and grey where they are short too. The factors l of frequency bands, apart for
 each colour, and of the 16 cells of the image are learnt, from 1 on.
 
+What is known of an image alone is its perturbation v = x_b - x at a boundary point: at the nearest point it is parallel to the
+normal, and long before it lies where normals lie. So c_i is multiplied by a power of the product of three ratios,
+
+    (e / c + 0.5) / 1.5     of the energy e of v / |v| to what the c above give: in the coefficient, in its band, in its cell.
+
 The sign of <n, u> under noise u with variances s_i has E[sign u_i] = k s_i n_i / tau, k^2 = 2 / pi, tau^2 = sum s_i n_i^2.
 So q signs tell of n_i what a measurement with noise of variance 1 / I_i does, I_i = k^2 q s_i / tau^2, and n_i is known to the
 share c_i I_i / (1 + c_i I_i). What is known in all, sum c_i^2 I_i / (1 + c_i I_i), is largest, for q' = 2 q / pi, where
@@ -34,6 +39,8 @@ and where colours do (cycles a pixel); and how fast all does away from the middl
 BANDS = 5
 SHUFFLES = 4
 """How often signs are shuffled among their rows, to hear what tells nothing."""
+FLOOR = 0.5
+"""What is added to the ratio of a perturbation's energy to the prior's, so that no coefficient is given up."""
 TRUST = 2.0
 """Precision of the belief that the logarithm of a factor is 0."""
 K = math.sqrt(2 / math.pi)
@@ -129,12 +136,28 @@ class Spectrum:
         self._informed: dict[int, list[Tensor]] = {}
         self._shape = shape
 
-    def variances(self) -> Tensor:
-        """The prior variances c [C,H,W]; their sum is 1."""
+    def hint(self, perturbation: Tensor) -> Tensor:
+        """The product of a perturbation's three ratios in every coefficient, [C,H,W].
+
+        Args:
+            perturbation: a boundary point less the image [1,C,H,W], not 0.
+        """
+        energy = self.basis.analyse(perturbation)[0].square()
+        energy, expected = energy / energy.sum(), self._base / self._base.sum()
+        ratios = energy / expected + FLOOR
+        for group, size in self.groups:
+            there, usual = (energy.new_zeros(size).index_add_(0, group, x.flatten()) for x in (energy, expected))
+            ratios *= (there / usual.clamp_min(1e-12) + FLOOR)[group].view(self._shape)
+        return ratios / (1 + FLOOR) ** (1 + len(self.groups))
+
+    def variances(self, hint: Tensor | None = None) -> Tensor:
+        """The prior variances c [C,H,W], multiplied by a hint [C,H,W] where there is one; their sum is 1."""
         factor = torch.zeros(self._base.shape, device=self._base.device)
         for log, (group, _) in zip(self._logs, self.groups, strict=True):
             factor += log[group].view(self._shape)
         c = self._base * factor.exp_()
+        if hint is not None:
+            c *= hint
         return c / c.sum()
 
     def enter(self) -> int:
@@ -142,9 +165,9 @@ class Spectrum:
         self._informed[len(self._informed)] = [torch.zeros_like(log) for log in self._logs]
         return len(self._informed) - 1
 
-    def learn(self, image: int, evidence: Evidence) -> None:
-        """Take in the evidence of an image, by its number, in place of what it told before."""
-        c, nothing, (cell, cells) = self.variances(), evidence.heard[1:].square().mean(0), self.groups[-1]
+    def learn(self, image: int, evidence: Evidence, c: Tensor) -> None:
+        """Take in the evidence of an image, by its number, in place of what it told before; c [C,H,W] are its variances."""
+        nothing, (cell, cells) = evidence.heard[1:].square().mean(0), self.groups[-1]
         there, sent = (c.new_zeros(cells).index_add_(0, cell, x.flatten()) for x in (nothing, evidence.spread))
         kept = (there / sent.clamp_min(1e-9))[cell].view(self._shape)  # what clipping left of the noise
         spread = evidence.spread.clamp_min(1e-9) * kept.clamp_min(1e-3)

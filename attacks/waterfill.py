@@ -8,10 +8,11 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
   far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds.
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
   (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
-  waves are long, grey up to 60 cycles an image) and are learnt from the answers (`spectrum.py`).
+  waves are long, grey up to 60 cycles an image), are raised where v has its energy, and are learnt (`spectrum.py`).
 - **Noise.** Its variances share the queries out over the coefficients by water-filling: few queries see a small subspace, many
   see all. It has no part along v, since how steeply the boundary crosses the ray is not asked, nor along the normal expected so
-  far: where cos(n, known) = 0.7, the unknown rest alone then decides the signs, and each tells twice as much of it.
+  far: where cos(n, known) = 0.7, the unknown rest alone then decides the signs, and each tells twice as much of it. Where
+  fewer than a quarter of the rows reach the goal, since the boundary bends away, it is centred further out (`Lift`).
 - **Estimator.** Gaussian evidence with its precision, faded by `memory` an iteration; the estimate is the posterior mean, which
   shrinks what was hardly asked. Noise is taken as it was sent, after clipping to the box. The arc's end tells one thing more:
   in its plane the boundary is nearest there, so the normal has no part along the arc's tangent.
@@ -38,9 +39,9 @@ images) and few queries are spent; where the boundary turns fast against R, sinc
 little where the image has few dimensions or thousands of queries are spent: then any noise finds the normal.
 
 The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. Where it is set, at least
-half of the noise's energy is white: a stateful gate (`oars:waterfill`) takes smooth rows for alike even far apart, and white
-noise moves a point little along the normal. It is centred further out, as HopSkipJump's (`Lift`). Where answers are
-stochastic, every iteration first asks x_b again and steps outward while it fails (`moves.hold`).
+half of the noise's energy is white, and v hints at nothing: a stateful gate (`oars:waterfill`) takes smooth rows for alike even
+far apart, and white noise moves a point little along the normal. Where answers are stochastic, every iteration first asks x_b
+again and steps outward while it fails (`moves.hold`).
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Query, Search, Task
 
+from .blocks import Blocks
 from .cgba import LEVELS_OF_NOISE, semicircle
 from .hop_skip_jump import Lift, step
 from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob
@@ -77,6 +79,8 @@ DEEP, FINEST = 0.85, 1e-4
 """The share of successes from which on the search is made more precise, and how precise it becomes at most."""
 HORIZON = 3.0
 """The queries shared out over those of one iteration: the evidence of about so many is combined."""
+HINT = (1 / 3, 1 / 6)
+"""The power of what the perturbation hints, untargeted and towards a target."""
 SMOOTH = 0.5
 """The share of the noise's variance that is the attack's own at most, where a wrapper sets its length."""
 FIRST, SEARCH = 0.6, 8
@@ -141,7 +145,11 @@ class Waterfill(Attack):
             tolerance = max(least / radius, precision)
             rows = max(min(int(n0 * math.sqrt(t)), task.remaining - SEARCH), 1)
             evidence.fade(self.memory)
-            share = yield from _ask(task, point, sigma, rows, spectrum, evidence, knob, lift)
+            hint = None
+            if task.norm == "l2" and knob.value is None:
+                hint = spectrum.hint(point - task.image) ** HINT[task.target is not None]
+            prior = spectrum.variances(hint)
+            share = yield from _ask(task, point, sigma, rows, spectrum.basis, prior, evidence, knob, lift)
             precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, PRECISION)
             if share == 1:  # too deep inside, or on a ridge that noise leaves on both sides
                 point, _ = yield from inward(task, point, PRECISION, precision)
@@ -149,8 +157,8 @@ class Waterfill(Attack):
             if not 0 < share < 1:
                 continue
             if self.learn:
-                spectrum.learn(number, evidence)
-            prior = spectrum.variances()
+                spectrum.learn(number, evidence, prior)
+                prior = spectrum.variances(hint)
             normal = spectrum.basis.compose(evidence.mean(prior)[None])
             if task.norm == "linf":
                 end = yield from step(task, point, normal, radius / math.sqrt(t))
@@ -175,7 +183,15 @@ class Waterfill(Attack):
 
 
 def _ask(
-    task: Task, point: Tensor, sigma: float, count: int, spectrum: Spectrum, evidence: Evidence, knob: Knob, lift: Lift
+    task: Task,
+    point: Tensor,
+    sigma: float,
+    count: int,
+    basis: Blocks,
+    prior: Tensor,
+    evidence: Evidence,
+    knob: Knob,
+    lift: Lift,
 ) -> Generator[Query, Answer, float]:
     """Ask `count` noisy points around a boundary point [1,C,H,W] and add what they tell to the evidence.
 
@@ -184,8 +200,7 @@ def _ask(
 
     Cost: `count` rows, in queries of at most `ROW_BYTES`, and where a wrapper sets the noise of those that `Lift` says.
     """
-    basis, prior, generator = spectrum.basis, spectrum.variances(), task.generator
-    rest = evidence.variances(prior)
+    generator, rest = task.generator, evidence.variances(prior)
     shares, across, root = water_filling(rest / rest.sum(), HORIZON * K * K * count), [], math.sqrt(point.numel())
     if task.norm == "l2":
         ray = point - task.image
@@ -209,12 +224,13 @@ def _ask(
             u -= part.view(-1, 1, 1, 1) * direction
         return u
 
+    centred = sigma * root if task.norm == "l2" else None  # a length; in linf only a wrapper's noise is centred
     total, drift = point.new_zeros(1 + SHUFFLES, *point.shape[1:]), torch.zeros_like(point)
     positive, answered, waiting = 0, 0, count
     most = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
     while waiting > 0:
         length = knob.value
-        size, centre = lift.part(min(most, waiting), length), lift.centre(task, point, length)
+        size, centre = lift.part(min(most, waiting), length), lift.centre(task, point, length or centred)
         drawn = Noise(generator, sample, size, point)
         answer = yield probes(centre, drawn, sigma, sample, knob)
         told = answer.status == ANSWERED
@@ -225,7 +241,7 @@ def _ask(
         total += (torch.stack([signs, *(signs[order] for order in orders)]) @ sent).view_as(total)
         drift += sent.sum(0).view_as(drift)
         positive, answered, waiting = positive + int(reached.sum()), answered + len(signs), waiting - size
-        lift.follow(int(reached.sum()) / len(signs) if len(signs) else math.nan, length)
+        lift.follow(int(reached.sum()) / len(signs) if len(signs) else math.nan, length or centred)
         del drawn, sent
     if 0 < positive < answered:
         total.sub_(drift, alpha=2 * positive / answered - 1)  # HopSkipJump's eq. 16: less variance

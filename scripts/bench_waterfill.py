@@ -91,6 +91,8 @@ REMOVED: dict[str, dict[str, Any]] = {
     "without the colours' prior": {"spectrum.COLOUR": 1.0, "spectrum.COARSE": 1e9},
     "without the middle's prior": {"spectrum.MIDDLE": 0.0},
     "without the frequencies' prior": {"spectrum.CYCLES": 1e9},
+    "without the perturbation's hint": {"waterfill.HINT": (0.0, 0.0)},
+    "without centring": {"waterfill.Lift.follow": lambda *_: None},
     "without the arc's evidence": {"spectrum.Evidence.rule_out": lambda *_: None},
     "with short noise (0.05 R)": {"waterfill.NOISE": {"l2": 0.05, "linf": 0.05}},
 }

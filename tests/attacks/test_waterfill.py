@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustbox import run_attack
 from robustbox.attacks.blocks import Blocks
+from robustbox.attacks.hop_skip_jump import Lift
 from robustbox.attacks.spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
 from robustbox.attacks.waterfill import Waterfill
 from robustbox.attacks.wrapper import relayed
@@ -88,7 +89,7 @@ def planted(spectrum: Spectrum, keep: Tensor, n: int, signs: int, sent: float | 
             cosine = float((estimate * normal).sum() / estimate.norm())
             expected = (K * K * signs / (K * K * signs + keep.numel())) ** 0.5
             assert cosine == pytest.approx(expected, abs=0.1)  # the density law
-        spectrum.learn(number, evidence)
+        spectrum.learn(number, evidence, spectrum.variances())
 
 
 def test_a_planted_colour_is_learnt() -> None:
@@ -119,6 +120,31 @@ def test_noise_that_was_clipped_is_not_taken_for_a_normal_that_does_not_vary() -
     planted(spectrum, before.sqrt(), 40, 100, torch.where(cell, 0.7, 1.0))
     after = spectrum.variances()
     assert 0.6 < float(after[cell].sum() / before[cell].sum()) < 1.4
+
+
+def test_a_perturbation_as_expected_hints_nothing() -> None:
+    spectrum = Spectrum(torch.zeros(3, 16, 16))
+    usual = spectrum.basis.compose(spectrum.variances().sqrt()[None])
+    for size in (1e-3, 1.0, 30.0):
+        assert torch.allclose(spectrum.hint(size * usual), torch.ones(3, 16, 16), atol=1e-3)
+
+
+def test_a_perturbation_hints_at_its_coefficients_its_bands_and_its_cells() -> None:
+    spectrum = Spectrum(torch.zeros(3, 16, 16))
+    wave = torch.zeros(1, 3, 16, 16)
+    wave[0, 0, 5, 6] = 2.0
+    hint = spectrum.hint(spectrum.basis.compose(wave))
+    same_band, same_cell = ((group == group.view(3, 16, 16)[0, 5, 6]).view(3, 16, 16) for group, _ in spectrum.groups)
+    neither = hint[~same_band & ~same_cell]
+    assert float(hint[0, 5, 6]) > 10 * float(hint[same_band & same_cell].median())
+    assert (
+        float(hint[same_band & same_cell].median())
+        > float(hint[same_band ^ same_cell].median())
+        > float(neither.median())
+    )
+    assert torch.allclose(neither, torch.full_like(neither, (0.5 / 1.5) ** 3))
+    assert torch.equal(spectrum.variances(hint) > 0, spectrum.variances() > 0)
+    assert float(spectrum.variances(hint).sum()) == pytest.approx(1, rel=1e-4)
 
 
 def test_the_arcs_tangent_is_ruled_out() -> None:
@@ -165,6 +191,31 @@ def test_where_the_prior_is_right_half_of_the_queries_are_enough() -> None:
 def test_it_lands_near_the_optimum_of_an_8_bit_plane(targeted: bool) -> None:
     aim: dict[str, Any] = {"targets": 1, "pool": (beyond(), torch.ones(4, dtype=torch.long))} if targeted else {}
     assert far("waterfill", Plane(), images(6), 1000, levels=256, **aim) < 1.25
+
+
+def test_where_the_goal_bends_away_noise_is_centred_so_that_half_of_it_reaches_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    middle = 0.5 + 1.5 * unit((3, 8, 8), seed=7).div(unit((3, 8, 8), seed=7).norm())
+    hits: list[float] = []
+
+    def ball(rows: Tensor) -> Tensor:
+        inside = ((rows - middle).flatten(1).norm(dim=1) < 0.75).float()
+        hits.append(float(inside.sum()))
+        return torch.stack([1 - inside, inside], 1)
+
+    of, pool = torch.full((4, 3, 8, 8), 0.5), (middle.repeat(4, 1, 1, 1), torch.ones(4, dtype=torch.long))
+
+    def run() -> float:
+        hits.clear()
+        result = run_attack(ball, of, [0] * 4, "waterfill", "l2", budget=400, targets=1, pool=pool)
+        assert not any(result.errors), result.errors
+        assert float(np.median(result.distance_at(400))) < 1.05 * 0.75
+        return sum(hits) / (4 * 400)
+
+    assert 0.35 < run() < 0.65
+    monkeypatch.setattr(Lift, "follow", lambda *_: None)
+    assert run() < 0.2
 
 
 def transcript(n: int, share: bool) -> Tensor:

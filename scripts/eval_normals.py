@@ -37,6 +37,7 @@ from bench_waterfill import curve, inputs
 from robustbox import run_attack
 from robustbox.attacks import patterns, waterfill
 from robustbox.attacks import spectrum as spectrum_of
+from robustbox.attacks.blocks import Blocks
 from robustbox.attacks.spectrum import K, Spectrum, water_filling
 from robustbox.attacks.subspaces import sampler
 from robustbox.protocol import Answer, Query, Task
@@ -133,7 +134,8 @@ def exactly(data: str, share: float, count: int | None, budget: int = 500) -> No
         point: Tensor,
         sigma: float,
         count: int,
-        spectrum: Spectrum,
+        basis: Blocks,
+        prior: Tensor,
         evidence: spectrum_of.Evidence,
         *_: object,
     ) -> Generator[Query, Answer, float]:
@@ -142,7 +144,7 @@ def exactly(data: str, share: float, count: int | None, budget: int = 500) -> No
         aside = torch.randn(true.shape, generator=task.generator)
         aside -= (aside * true).sum() * true
         mixed = share * true + math.sqrt(1 - share**2) * aside / torch.linalg.vector_norm(aside)
-        found[id(evidence)] = spectrum.basis.analyse(mixed[None])[0]
+        found[id(evidence)] = basis.analyse(mixed[None])[0]
         return 0.5
         yield  # a generator, which asks nothing
 

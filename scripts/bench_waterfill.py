@@ -91,6 +91,12 @@ REMOVED: dict[str, dict[str, Any]] = {
     "without the colours' prior": {"spectrum.COLOUR": 1.0, "spectrum.COARSE": 1e9},
     "without the middle's prior": {"spectrum.MIDDLE": 0.0},
     "without the frequencies' prior": {"spectrum.CYCLES": 1e9},
+    "with a flat prior": {
+        "spectrum.COLOUR": 1.0,
+        "spectrum.COARSE": 1e9,
+        "spectrum.MIDDLE": 0.0,
+        "spectrum.CYCLES": 1e9,
+    },
     "without the perturbation's hint": {"waterfill.HINT": (0.0, 0.0)},
     "without centring": {"waterfill.Lift.follow": lambda *_: None},
     "without the arc's evidence": {"spectrum.Evidence.rule_out": lambda *_: None},
@@ -110,6 +116,12 @@ def without() -> dict[str, Side]:
     return options | {idea: (OURS, {}) for idea in REMOVED}
 
 
+def without_in_linf() -> dict[str, Side]:
+    """The same in linf, where nothing is hinted at, centred or ruled out."""
+    unused = ("without the perturbation's hint", "without centring", "without the arc's evidence")
+    return {idea: side for idea, side in without().items() if idea not in unused}
+
+
 DCT_2: dict[str, Side] = {"cgba, DCT 2": ("cgba", {"subspace": "dct", "factor": 2})}
 CONTESTS: dict[str, Contest] = {
     "cifar10": Contest("cifar10", 100, 2000, named("cgba", "hop-skip-jump", "tangent", "surfree", "geoda")),
@@ -126,6 +138,10 @@ CONTESTS: dict[str, Contest] = {
     "ablation-mnist": Contest("mnist", 50, 1000, without(), skip=160),
     "ablation-digits": Contest("digits", 100, 500, without()),
     "ablation-imagenet": Contest("imagenet", 8, 500, without(), skip=60),
+    "ablation-linf-cifar10": Contest("cifar10", 40, 1000, without_in_linf(), skip=160, norm="linf"),
+    "ablation-linf-mnist": Contest("mnist", 50, 1000, without_in_linf(), skip=160, norm="linf"),
+    "ablation-linf-digits": Contest("digits", 100, 500, without_in_linf(), norm="linf"),
+    "ablation-linf-imagenet": Contest("imagenet", 8, 500, without_in_linf(), skip=60, norm="linf"),
 }
 
 

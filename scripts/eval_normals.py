@@ -3,6 +3,7 @@
     python scripts/eval_normals.py                        CIFAR-10, MNIST and ImageNet: some minutes
     python scripts/eval_normals.py --only cifar10 --images 20
     python scripts/eval_normals.py --only towards mnist --exact 1 0.3 0.1
+    python scripts/eval_normals.py --only cifar10 mnist --along 1000
 
 Images are those on which options were chosen. The normals are gradients of the margin at the boundary points that `waterfill`
 reaches with 120 queries, their part along the ray left out; the cosine is the expected one of an estimate from so many signs,
@@ -12,6 +13,8 @@ factors that `Spectrum` learns set to what each image's own normal has: what lea
 `towards` are CIFAR-10's images, each towards the next class.
 With --exact nothing is estimated: an iteration takes the white-box normal across the ray, turned away from it at random to the
 cosine given, and asks rows for its search alone. It tells what better estimates could bring.
+With --along, what 1000 queries (or so many) reach: the median distance R at the start of some iterations, the cosine of the
+ray with the white-box normal, and their product, the distance of the tangent plane: where a boundary is flat, none is nearer.
 Distances along patterns are medians over images of the nearest of four, by bisection.
 """
 
@@ -63,20 +66,23 @@ def boundary(model: nn.Module, image: Tensor, label: int, end: Tensor, halvings:
     return torch.lerp(image, end, far), True
 
 
-def normal(model: nn.Module, image: Tensor, label: int, point: Tensor, target: int | None = None) -> Tensor:
-    """The gradient of the margin into the goal at a point [C,H,W], its part along the ray left out, of length 1.
-
-    The goal is the target, or without one what is not the label.
-    """
+def slope(model: nn.Module, label: int, point: Tensor, target: int | None = None) -> Tensor:
+    """The gradient of the margin into the goal at a point [C,H,W]: the target, or without one what is not the label."""
     point = point.clone().requires_grad_()
     with torch.enable_grad():
         scores = model(point[None])[0]
         others = scores.detach().clone()
         others[label if target is None else target] = -math.inf
         rival = scores[others.argmax()]
-        (slope,) = torch.autograd.grad(rival - scores[label] if target is None else scores[target] - rival, point)
-    ray = F.normalize((point.detach() - image).flatten(), dim=0).view_as(slope)
-    return F.normalize((slope - (slope * ray).sum() * ray).flatten(), dim=0).view_as(slope)
+        margin = rival - scores[label] if target is None else scores[target] - rival
+        return torch.autograd.grad(margin, point)[0]
+
+
+def normal(model: nn.Module, image: Tensor, label: int, point: Tensor, target: int | None = None) -> Tensor:
+    """That gradient without its part along the ray, of length 1."""
+    steep = slope(model, label, point, target)
+    ray = F.normalize((point - image).flatten(), dim=0).view_as(steep)
+    return F.normalize((steep - (steep * ray).sum() * ray).flatten(), dim=0).view_as(steep)
 
 
 def cosine(prior: Tensor, energy: Tensor, signs: int) -> float:
@@ -161,6 +167,33 @@ def exactly(data: str, share: float, count: int | None, budget: int = 500) -> No
     print(f"{data}, {len(images)} images, normals of cosine {share:g}: {medians}", flush=True)
 
 
+def along(data: str, budget: int, count: int | None) -> None:
+    """Print how near `waterfill` is at the start of its iterations, and how near the tangent plane there is."""
+    model, images, labels, aim = chosen(data, count)
+    found: dict[int, list[tuple[float, float]]] = {}
+    arc = waterfill.semicircle
+
+    def seen(image: Tensor, point: Tensor, estimate: Tensor) -> Callable[[float], Tensor]:
+        k = next(k for k, each in enumerate(images) if torch.equal(each, image))
+        steep = slope(model, int(labels[k]), point[0], int(aim["targets"][k]) if aim else None)
+        ray = (point - image).flatten()
+        found.setdefault(k, []).append((float(ray.norm()), float(F.cosine_similarity(ray, steep.flatten(), dim=0))))
+        return arc(image, point, estimate)
+
+    with patch.object(waterfill, "semicircle", seen):
+        run_attack(model, images, labels, "waterfill", "l2", budget=budget, **aim)
+    last = min(map(len, found.values()))
+    print(
+        f"{data}, {len(images)} images, {budget} queries: iteration, distance, cosine of ray and normal, their product"
+    )
+    for t in (*range(1, last, 3), last):
+        far, cosine = torch.tensor([each[t - 1] for each in found.values()]).T
+        print(
+            f"  {t:3}  {median(far.numpy()):.3g}  {median(cosine.numpy()):.3f}  {median((far * cosine).numpy()):.3g}",
+            flush=True,
+        )
+
+
 def chosen(data: str, count: int | None) -> tuple[nn.Module, Tensor, Tensor, dict[str, Any]]:
     """Model, images, labels and the targets, if any, of a data set."""
     skip, n = CHOSEN[data]
@@ -173,9 +206,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CHOSEN), default=list(CHOSEN))
     parser.add_argument("--images", type=int)
     parser.add_argument("--exact", type=float, nargs="+", metavar="COSINE", help="white-box normals of these cosines")
+    parser.add_argument("--along", type=int, metavar="QUERIES", help="how near the iterations of a run come")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for data in args.only:
+        if args.along:
+            along(data, args.along, args.images)
+            continue
         if args.exact:
             for share in args.exact:
                 exactly(data, share, args.images)

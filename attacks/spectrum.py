@@ -55,6 +55,12 @@ def water_filling(variances: Tensor, queries: float) -> Tensor:
     return noise / noise.mean()
 
 
+def summed(groups: tuple[Tensor, int], *values: Tensor) -> list[Tensor]:
+    """Sums of values [C,H,W] over groups: the number of each coefficient's group [C H W], and how many there are."""
+    group, size = groups
+    return [each.new_zeros(size).index_add_(0, group, each.flatten()) for each in values]
+
+
 class Evidence:
     """What the signs at one image told of a normal: `told` = sum of measurements times precision, [C,H,W].
 
@@ -132,6 +138,8 @@ class Spectrum:
         colour = torch.arange(channels, device=device).view(-1, 1, 1)
         groups = (colour * BANDS + band, basis.cell.expand(shape))
         self.groups = [(group.flatten(), int(group.max()) + 1) for group in groups]
+        self._usual = self._base / self._base.sum()
+        self._shares = [summed(groups, self._usual)[0].clamp_min(1e-12) for groups in self.groups]
         self._logs = [torch.zeros(size, device=device) for _, size in self.groups]
         self._informed: dict[int, list[Tensor]] = {}
         self._shape = shape
@@ -143,11 +151,11 @@ class Spectrum:
             perturbation: a boundary point less the image [1,C,H,W], not 0.
         """
         energy = self.basis.analyse(perturbation)[0].square()
-        energy, expected = energy / energy.sum(), self._base / self._base.sum()
-        ratios = energy / expected + FLOOR
-        for group, size in self.groups:
-            there, usual = (energy.new_zeros(size).index_add_(0, group, x.flatten()) for x in (energy, expected))
-            ratios *= (there / usual.clamp_min(1e-12) + FLOOR)[group].view(self._shape)
+        energy = energy / energy.sum()
+        ratios = energy / self._usual + FLOOR
+        for groups, share in zip(self.groups, self._shares, strict=True):
+            (there,) = summed(groups, energy)
+            ratios *= (there / share + FLOOR)[groups[0]].view(self._shape)
         return ratios / (1 + FLOOR) ** (1 + len(self.groups))
 
     def variances(self, hint: Tensor | None = None) -> Tensor:
@@ -167,21 +175,19 @@ class Spectrum:
 
     def learn(self, image: int, evidence: Evidence, c: Tensor) -> None:
         """Take in the evidence of an image, by its number, in place of what it told before; c [C,H,W] are its variances."""
-        nothing, (cell, cells) = evidence.heard[1:].square().mean(0), self.groups[-1]
-        there, sent = (c.new_zeros(cells).index_add_(0, cell, x.flatten()) for x in (nothing, evidence.spread))
-        kept = (there / sent.clamp_min(1e-9))[cell].view(self._shape)  # what clipping left of the noise
+        nothing, cells = evidence.heard[1:].square().mean(0), self.groups[-1]
+        there, sent = summed(cells, nothing, evidence.spread)
+        kept = (there / sent.clamp_min(1e-9))[cells[0]].view(self._shape)  # what clipping left of the noise
         spread = evidence.spread.clamp_min(1e-9) * kept.clamp_min(1e-3)
         signal = torch.where(evidence.spread > 0, c * (evidence.precision * kept).square() / spread, 0.0)
         excess = (evidence.heard[0].square() - nothing) / spread
         weight = signal / (2 * (1 + signal).square() * (1 + 1 / SHUFFLES))
         score, information = weight * (excess - signal), weight * signal
         score = score - score.sum() / information.sum().clamp_min(1e-9) * information
-        for k, (group, size) in enumerate(self.groups):
-            if size == 1:
+        for k, groups in enumerate(self.groups):
+            if groups[1] == 1:
                 continue
-            slope, own = (
-                torch.zeros(size, device=c.device).index_add_(0, group, x.flatten()) for x in (score, information)
-            )
+            slope, own = summed(groups, score, information)
             self._informed[image][k] = own
             everyone = torch.stack([each[k] for each in self._informed.values()]).sum(0)
             pull = TRUST * self._logs[k] / len(self._informed)

@@ -229,8 +229,8 @@ def _ask(
     positive, answered, waiting = 0, 0, count
     most = max(ROW_BYTES // (point.numel() * point.element_size()), 1)
     while waiting > 0:
-        length = knob.value
-        size, centre = lift.part(min(most, waiting), length), lift.centre(task, point, length or centred)
+        size, length = lift.part(min(most, waiting), knob.value), knob.value or centred
+        centre = lift.centre(task, point, length)
         drawn = Noise(generator, sample, size, point)
         answer = yield probes(centre, drawn, sigma, sample, knob)
         told = answer.status == ANSWERED
@@ -241,7 +241,7 @@ def _ask(
         total += (torch.stack([signs, *(signs[order] for order in orders)]) @ sent).view_as(total)
         drift += sent.sum(0).view_as(drift)
         positive, answered, waiting = positive + int(reached.sum()), answered + len(signs), waiting - size
-        lift.follow(int(reached.sum()) / len(signs) if len(signs) else math.nan, length or centred)
+        lift.follow(int(reached.sum()) / len(signs) if len(signs) else math.nan, length)
         del drawn, sent
     if 0 < positive < answered:
         total.sub_(drift, alpha=2 * positive / answered - 1)  # HopSkipJump's eq. 16: less variance

@@ -85,18 +85,16 @@ def nowhere(task: Task) -> Generator[Query, Answer, None]:
     yield from ()
 
 
-REMOVED: dict[str, dict[str, Any]] = {
-    "without water-filling (white noise)": {"waterfill.water_filling": isotropic},
-    "without the climb": {"waterfill.climb": nowhere},
+PRIOR: dict[str, dict[str, Any]] = {
     "without the colours' prior": {"spectrum.COLOUR": 1.0, "spectrum.COARSE": 1e9},
     "without the middle's prior": {"spectrum.MIDDLE": 0.0},
     "without the frequencies' prior": {"spectrum.CYCLES": 1e9},
-    "with a flat prior": {
-        "spectrum.COLOUR": 1.0,
-        "spectrum.COARSE": 1e9,
-        "spectrum.MIDDLE": 0.0,
-        "spectrum.CYCLES": 1e9,
-    },
+}
+REMOVED: dict[str, dict[str, Any]] = {
+    "without water-filling (white noise)": {"waterfill.water_filling": isotropic},
+    "without the climb": {"waterfill.climb": nowhere},
+    **PRIOR,
+    "with a flat prior": {name: value for part in PRIOR.values() for name, value in part.items()},
     "without the perturbation's hint": {"waterfill.HINT": (0.0, 0.0)},
     "without centring": {"waterfill.Lift.follow": lambda *_: None},
     "without the arc's evidence": {"spectrum.Evidence.rule_out": lambda *_: None},

@@ -40,8 +40,7 @@ from bench_waterfill import curve, inputs
 from robustbox import run_attack
 from robustbox.attacks import patterns, waterfill
 from robustbox.attacks import spectrum as spectrum_of
-from robustbox.attacks.blocks import Blocks
-from robustbox.attacks.spectrum import K, Spectrum, water_filling
+from robustbox.attacks.spectrum import K, Spectrum, summed, water_filling
 from robustbox.attacks.subspaces import sampler
 from robustbox.protocol import Answer, Query, Task
 from robustbox.statistics import median
@@ -98,9 +97,9 @@ def groups_known(spectrum: Spectrum, energy: Tensor) -> Tensor:
     """The prior with the factors of its groups set to what a normal of this energy [C,H,W] has, sum 1."""
     prior = spectrum.variances()
     known = prior.clone()
-    for group, size in spectrum.groups:
-        there, expected = (torch.zeros(size).index_add_(0, group, each.flatten()) for each in (energy, prior))
-        known *= (there / expected.clamp_min(1e-12))[group].view_as(prior).clamp_min(1e-6)
+    for groups in spectrum.groups:
+        there, expected = summed(groups, energy, prior)
+        known *= (there / expected.clamp_min(1e-12))[groups[0]].view_as(prior).clamp_min(1e-6)
     return known / known.sum()
 
 
@@ -135,16 +134,8 @@ def exactly(data: str, share: float, count: int | None, budget: int = 500) -> No
     model, images, labels, aim = chosen(data, count)
     found: dict[int, Tensor] = {}
 
-    def told(
-        task: Task,
-        point: Tensor,
-        sigma: float,
-        count: int,
-        basis: Blocks,
-        prior: Tensor,
-        evidence: spectrum_of.Evidence,
-        *_: object,
-    ) -> Generator[Query, Answer, float]:
+    def told(*given: Any) -> Generator[Query, Answer, float]:
+        task, point, _, _, basis, _, evidence, *_ = given
         label = int(model(task.image[None]).argmax())
         true = normal(model, task.image, label, point[0], task.target)
         aside = torch.randn(true.shape, generator=task.generator)

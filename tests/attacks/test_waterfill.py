@@ -218,6 +218,16 @@ def test_where_the_goal_bends_away_noise_is_centred_so_that_half_of_it_reaches_i
     assert run() < 0.2
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_the_perturbation_hints_at_normals_in_l2_alone(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def distances() -> Tensor:
+        return torch.tensor(run_attack(Plane(), images(2), [0, 0], "waterfill", norm, budget=150).distance_at(150))
+
+    hinted = distances()
+    monkeypatch.setattr("robustbox.attacks.waterfill.HINT", (0.0, 0.0))
+    assert torch.equal(hinted, distances()) == (norm == "linf")
+
+
 def transcript(n: int, share: bool) -> Tensor:
     """Every row that the black box was asked for the first image."""
     box, seen = Flat((3, 8, 8), AWAY), []

@@ -2,11 +2,11 @@
 
 Normals n are unit vectors, their coefficients n_i in an orthonormal basis (`blocks.py`) independent with variance c_i, sum 1:
 
-    c_i ~ exp(-1.5 a_i) l_band l_cell / (1 + (f_i / 60)^2)                       grey
-    c_i ~ exp(-1.5 a_i) l_band l_cell 1.2 / (1 + (f_i / (0.12 side))^2)          colours
+    c_i ~ exp(-1.5 a_i) l_band l_cell                                        grey
+    c_i ~ exp(-1.5 a_i) l_band l_cell 1.2 / (1 + (f_i / (0.12 side))^2)      colours
 
 for f_i cycles an image, a squared distance a_i from its middle (1 at a border) and images of `side` pixels: as for the eye,
-colours count where waves are long, and grey where they are short too. The factors l of frequency bands, apart for
+colours count where waves are long, and grey at all lengths alike. The factors l of frequency bands, apart for
 each colour, and of the 16 cells of the image are learnt, from 1 on.
 
 What is known of an image alone is its perturbation v = x_b - x at a boundary point: at the nearest point it is parallel to the
@@ -33,9 +33,9 @@ from torch import Tensor
 
 from .blocks import blocks
 
-COLOUR, CYCLES, COARSE, MIDDLE = 1.2, 60.0, 0.12, 1.5
-"""The cautious prior: how much more a colour varies than grey at low frequencies; where grey begins to fade (cycles an image)
-and where colours do (cycles a pixel); and how fast all does away from the middle."""
+COLOUR, COARSE, MIDDLE = 1.2, 0.12, 1.5
+"""The cautious prior: how much more a colour varies than grey at low frequencies; where colours begin to fade (cycles a pixel);
+and how fast all does away from the middle."""
 BANDS = 5
 SHUFFLES = 4
 """How often signs are shuffled among their rows, to hear what tells nothing."""
@@ -130,10 +130,9 @@ class Spectrum:
         channels, *_ = shape = (*like.shape,)
         device = like.device
         self.basis = basis = blocks(shape, device)
-        amount = torch.full((channels, 1, 1), COLOUR, device=device)
-        fades = torch.full((channels, 1, 1), COARSE * min(shape[1:]), device=device)
-        amount[0], fades[0] = 1, CYCLES
-        self._base: Tensor = amount / (1 + (basis.cycles / fades).square()) * torch.exp(-MIDDLE * basis.away)
+        colours = COLOUR / (1 + (basis.cycles / (COARSE * min(shape[1:]))).square())
+        amounts = torch.cat([torch.ones_like(colours)[None], colours.expand(channels - 1, -1, -1)])
+        self._base: Tensor = amounts * torch.exp(-MIDDLE * basis.away)
         band = (basis.cycles * (BANDS * 0.999 / max(float(basis.cycles.max()), 1e-9))).long()
         colour = torch.arange(channels, device=device).view(-1, 1, 1)
         groups = (colour * BANDS + band, basis.cell.expand(shape))

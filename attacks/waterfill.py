@@ -8,7 +8,7 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
   far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds.
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
   (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
-  waves are long, grey up to 60 cycles an image), are raised where v has its energy, and are learnt (`spectrum.py`).
+  waves are long), are raised where v has its energy, and are learnt (`spectrum.py`).
 - **Noise.** Its variances share the queries out over the coefficients by water-filling: few queries see a small subspace, many
   see all. It has no part along v, since how steeply the boundary crosses the ray is not asked, nor along the normal expected so
   far: where cos(n, known) = 0.7, the unknown rest alone then decides the signs, and each tells twice as much of it. Where
@@ -54,12 +54,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Query, Search, Task
 
+from .apart import Asked
 from .blocks import Blocks
 from .cgba import LEVELS_OF_NOISE, semicircle
 from .hop_skip_jump import Lift, step
@@ -124,6 +124,7 @@ class Waterfill(Attack):
 
     def _search(self, task: Task, spectrum: Spectrum) -> Search:
         knob, lift, number, evidence = radius_knob(task.image), Lift(), spectrum.enter(), Evidence(task.image)
+        asked = Asked(spectrum.basis, task.image)
         point, guess = (yield from climb(task)), PRECISION
         if point is None:
             rivals = 10 if task.target is None else 0  # those of the target have all been asked
@@ -149,7 +150,7 @@ class Waterfill(Attack):
             if task.norm == "l2" and knob.value is None:
                 hint = spectrum.hint(point - task.image) ** HINT[task.target is not None]
             prior = spectrum.variances(hint)
-            share = yield from _ask(task, point, sigma, rows, spectrum.basis, prior, evidence, knob, lift)
+            share = yield from _ask(task, point, sigma, rows, spectrum.basis, prior, evidence, asked, knob, lift)
             precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, PRECISION)
             if share == 1:  # too deep inside, or on a ridge that noise leaves on both sides
                 point, _ = yield from inward(task, point, PRECISION, precision)
@@ -170,10 +171,8 @@ class Waterfill(Attack):
             path = semicircle(task.image, point, normal)
             angle, guess = yield from furthest(task, path, guess, math.pi / 2, tolerance)
             if angle:
-                before, point = point - task.image, path(angle)
-                now = F.normalize((point - task.image).flatten(), dim=0).view_as(before)
-                tangent = torch.sum(before * now) * now - before
-                evidence.rule_out(spectrum.basis.analyse(tangent)[0], prior)
+                before, point = point, path(angle)
+                evidence.rule_out(spectrum.basis.analyse(point - before)[0], prior)
 
     @staticmethod
     def _sigma(task: Task, radius: float) -> float:
@@ -190,6 +189,7 @@ def _ask(
     basis: Blocks,
     prior: Tensor,
     evidence: Evidence,
+    asked: Asked,
     knob: Knob,
     lift: Lift,
 ) -> Generator[Query, Answer, float]:
@@ -216,13 +216,8 @@ def _ask(
         return shares if own == 1 else own * shares + (1 - own)
 
     def sample(n: int) -> Tensor:
-        u = basis.compose(
-            torch.randn(n, *shares.shape, generator=generator, device=generator.device) * variances().sqrt()
-        )
-        for direction in across:
-            part = u.flatten(1) @ direction.flatten() / direction.square().sum().clamp_min(1e-30)
-            u -= part.view(-1, 1, 1, 1) * direction
-        return u
+        asked.share(variances())
+        return asked.sample(n, generator, across)
 
     centred = sigma * root if task.norm == "l2" else None  # a length; in linf only a wrapper's noise is centred
     total, drift = point.new_zeros(1 + SHUFFLES, *point.shape[1:]), torch.zeros_like(point)
@@ -242,6 +237,7 @@ def _ask(
         drift += sent.sum(0).view_as(drift)
         positive, answered, waiting = positive + int(reached.sum()), answered + len(signs), waiting - size
         lift.follow(int(reached.sum()) / len(signs) if len(signs) else math.nan, length)
+        asked.keep()
         del drawn, sent
     if 0 < positive < answered:
         total.sub_(drift, alpha=2 * positive / answered - 1)  # HopSkipJump's eq. 16: less variance

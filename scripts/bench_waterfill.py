@@ -85,12 +85,17 @@ def nowhere(task: Task) -> Generator[Query, Answer, None]:
     yield from ()
 
 
+def independent(drawn: Tensor, kept: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Rows that know nothing of one another, in place of `orthonormal`."""
+    return drawn / drawn.shape[1] ** 0.5, kept
+
+
 PRIOR: dict[str, dict[str, Any]] = {
     "without the colours' prior": {"spectrum.COLOUR": 1.0, "spectrum.COARSE": 1e9},
     "without the middle's prior": {"spectrum.MIDDLE": 0.0},
-    "without the frequencies' prior": {"spectrum.CYCLES": 1e9},
 }
 REMOVED: dict[str, dict[str, Any]] = {
+    "without orthogonal noise": {"apart.orthonormal": independent},
     "without water-filling (white noise)": {"waterfill.water_filling": isotropic},
     "without the climb": {"waterfill.climb": nowhere},
     **PRIOR,

@@ -217,14 +217,11 @@ def main() -> None:
             if bool(torch.isfinite(point).all()):
                 each.append(ours.basis.analyse(normal(model, image, label, point, target)[None])[0].square())
         energy = torch.stack(each).mean(0)
-        side = float(min(images.shape[2:]))
-        with patch.multiple(spectrum_of, COLOUR=0.3, CYCLES=40.0, COARSE=40.0 / side, MIDDLE=1.0):
-            before = Spectrum(images[0]).variances()
         print(
             f"{data}, images {CHOSEN[data][0]} to {CHOSEN[data][0] + len(images)}: energy by colour",
             [round(float(e), 2) for e in energy.sum((1, 2))],
         )
-        priors = {"present": ours.variances(), "before": before, "white": torch.full_like(energy, 1 / energy.numel())}
+        priors = {"present": ours.variances(), "white": torch.full_like(energy, 1 / energy.numel())}
         for name, prior in (priors | {"oracle": energy.clamp_min(1e-9) / energy.sum()}).items():
             print(f"  cosine, {name:8}" + "".join(f"  {q}: {cosine(prior, energy, q):.3f}" for q in SIGNS))
         means = [sum(cosine(groups_known(ours, e), e, q) for e in each) / len(each) for q in SIGNS]

@@ -1,8 +1,12 @@
-"""Noise that asks what was not asked lately: each row is orthogonal to the rows before it.
+"""Noise that asks what was not asked lately: each row is orthogonal to the rows before it (ours).
 
-A normal n = C^(1/2) z with z ~ N(0, I) is asked by sign <z, w>, where w is the noise in whitened coefficients. Of q signs under
-independent noise in d dimensions, 1 / (1 + 2 q / (pi d)) of z stays unknown: half of what is asked late was asked before. Where
-the w are orthogonal, 1 - 2 q / (pi d) does, which is the least: at q = d / 2, cos(n, estimate) is 0.56, not 0.49.
+A normal n = C^(1/2) z with z ~ N(0, I) is asked by sign <z, w>, where w is the noise in whitened coefficients. After q signs
+under independent noise in d dimensions, the share 1 / (1 + 2 q / (pi d)) of z is unknown: much of what is asked late was asked
+before. Where the w are orthogonal it is 1 - 2 q / (pi d): at q = d / 2, the cosine of n and its estimate is 0.56, not 0.49.
+
+Water-filling makes the dimensions about as many as the queries, so this holds in large images too. Since boundaries turn and
+evidence fades, rows are orthogonal to those lately asked alone; since variances differ, they are so in units of the noise
+(w = sqrt(c s) g for variances c of the normal and s of the noise: the g are orthogonal).
 """
 
 from __future__ import annotations
@@ -54,8 +58,8 @@ class Asked:
         self._live = torch.arange(0, device=like.device)
         self._root = self._kept = self._next = like.new_zeros(0, 0)
 
-    def share(self, variances: Tensor) -> None:
-        """The variances of the noise that follows [C,H,W]: the directions are kept in those coefficients that have some."""
+    def weigh(self, variances: Tensor) -> None:
+        """Set the variances of the noise that follows [C,H,W]; directions are kept in the coefficients that have some."""
         live = variances.flatten().nonzero()[:, 0]
         place = torch.full((variances.numel(),), len(live), device=live.device)
         place[live] = torch.arange(len(live), device=live.device)
@@ -65,10 +69,10 @@ class Asked:
         self._root = variances.flatten()[live].sqrt()
 
     def sample(self, n: int, generator: torch.Generator, across: Sequence[Tensor]) -> Tensor:
-        """Noise [n,C,H,W] orthogonal to what was asked and to its own rows, as long as there is room for that.
+        """Noise [n,C,H,W] orthogonal to what was asked and to its own rows, where there are dimensions enough.
 
         Args:
-            across: images [1,C,H,W] along which it is to have no part.
+            across: images [1,C,H,W], orthogonal to one another, along which it is to have no part.
         """
         size = len(self._live)
         most = min(int(FULL * size), HELD_BYTES // (size * self._root.element_size()))

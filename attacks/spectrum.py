@@ -101,12 +101,12 @@ class Evidence:
         """The expected normal, shrunk where little was asked, [C,H,W]."""
         return self.told * self.variances(prior)
 
-    def rule_out(self, tangent: Tensor, prior: Tensor) -> None:
+    def rule_out(self, chord: Tensor, prior: Tensor) -> None:
         """Take in that the normal has no part along a direction [C,H,W]."""
         rest = self.variances(prior)
         mean = self.told * rest
-        share = (mean * tangent).sum() / (tangent.square() * rest).sum().clamp_min(1e-30)
-        self.told = (mean - share * rest * tangent) / rest
+        share = (mean * chord).sum() / (chord.square() * rest).sum().clamp_min(1e-30)
+        self.told = (mean - share * rest * chord) / rest
 
 
 class Spectrum:

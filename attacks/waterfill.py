@@ -10,12 +10,13 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
   (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
   waves are long), are raised where v has its energy, and are learnt (`spectrum.py`).
 - **Noise.** Its variances share the queries out over the coefficients by water-filling: few queries see a small subspace, many
-  see all. It has no part along v, since how steeply the boundary crosses the ray is not asked, nor along the normal expected so
-  far: where cos(n, known) = 0.7, the unknown rest alone then decides the signs, and each tells twice as much of it. Where
-  fewer than a quarter of the rows reach the goal, since the boundary bends away, it is centred further out (`Lift`).
+  see all. Each row is orthogonal to those asked lately (`apart.py`). It has no part along v, since how steeply the boundary
+  crosses the ray is not asked, nor along the normal expected so far: where cos(n, known) = 0.7, the unknown rest alone then
+  decides the signs, and each tells twice as much of it. Where fewer than a quarter of the rows reach the goal, since the
+  boundary bends away, it is centred further out (`Lift`).
 - **Estimator.** Gaussian evidence with its precision, faded by `memory` an iteration; the estimate is the posterior mean, which
   shrinks what was hardly asked. Noise is taken as it was sent, after clipping to the box. The arc's end tells one thing more:
-  in its plane the boundary is nearest there, so the normal has no part along the arc's tangent.
+  it lies on the boundary as its start does, so the normal has no part along the chord between them.
 - **Search.** The arc is tried at the last angle first; what is left beyond it or before it is halved to 0.01: 7 to 9 rows.
   After answers of which more than 85 % succeed it is made more precise, until the noise sees the boundary again.
 
@@ -216,7 +217,7 @@ def _ask(
         return shares if own == 1 else own * shares + (1 - own)
 
     def sample(n: int) -> Tensor:
-        asked.share(variances())
+        asked.weigh(variances())
         return asked.sample(n, generator, across)
 
     centred = sigma * root if task.norm == "l2" else None  # a length; in linf only a wrapper's noise is centred

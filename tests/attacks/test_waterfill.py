@@ -147,14 +147,37 @@ def test_a_perturbation_hints_at_its_coefficients_its_bands_and_its_cells() -> N
     assert float(spectrum.variances(hint).sum()) == pytest.approx(1, rel=1e-4)
 
 
-def test_the_arcs_tangent_is_ruled_out() -> None:
+def test_a_chord_is_ruled_out() -> None:
     evidence, prior = Evidence(torch.zeros(3, 4, 4)), torch.full((3, 4, 4), 1 / 48)
     noise = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.5
     evidence.add(5 * unit((3, 4, 4), 3).expand(1 + SHUFFLES, 3, 4, 4), 40, noise, torch.tensor(1.0))
-    tangent = unit((3, 4, 4), 4)
-    assert abs(float((evidence.mean(prior) * tangent).sum())) > 1e-3
-    evidence.rule_out(tangent, prior)
-    assert abs(float((evidence.mean(prior) * tangent).sum())) < 1e-6
+    chord = unit((3, 4, 4), 4)
+    assert abs(float((evidence.mean(prior) * chord).sum())) > 1e-3
+    evidence.rule_out(chord, prior)
+    assert abs(float((evidence.mean(prior) * chord).sum())) < 1e-6
+
+
+def test_what_an_arc_rules_out_lies_along_the_boundary_also_at_the_border_of_the_box(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Black images and a plane: what is clipped away turns an arc's tangent out of the boundary, but not its chord."""
+    normal, along = unit((3, 8, 8), seed=1), []
+    kept = Evidence.rule_out
+
+    def rule_out(evidence: Evidence, chord: Tensor, prior: Tensor) -> None:
+        image = Spectrum(torch.zeros(3, 8, 8)).basis.compose(chord[None])
+        along.append(float((image * normal).sum().abs() / image.norm()))
+        kept(evidence, chord, prior)
+
+    def plane(rows: Tensor) -> Tensor:
+        beyond = (rows.flatten(1) @ normal.flatten() > 0.5).float()
+        return torch.stack([1 - beyond, beyond], 1)
+
+    monkeypatch.setattr(Evidence, "rule_out", rule_out)
+    result = run_attack(plane, torch.zeros(4, 3, 8, 8), [0] * 4, "waterfill", "l2", budget=300)
+    assert not any(result.errors), result.errors
+    assert len(along) > 20
+    assert float(np.median(along)) < 0.01
 
 
 class Waves(Plane):

@@ -4,17 +4,19 @@
     python scripts/eval_normals.py --only cifar10 --images 20
     python scripts/eval_normals.py --only towards mnist --exact 1 0.3 0.1
     python scripts/eval_normals.py --only cifar10 mnist --along 1000
+    python scripts/eval_normals.py --only mnist --white-box 1000 --skip 0 --images 50
 
 Images are those on which options were chosen. The normals are gradients of the margin at the boundary points that `waterfill`
 reaches with 120 queries, their part along the ray left out; the cosine is the expected one of an estimate from so many signs,
-asked with the noise that a prior shares out for them and weighed by it, with normals of the mean energy measured. `before` is
-the prior that gave colours 0.3 of grey at every frequency, `oracle` that mean energy itself, and `groups` the prior with the
-factors that `Spectrum` learns set to what each image's own normal has: what learning could bring at most, a mean over images.
+asked with the noise that a prior shares out for them and weighed by it, with normals of the mean energy measured. `oracle` is
+that mean energy itself, and `groups` the prior with the factors that `Spectrum` learns set to what each image's own normal has:
+what learning could bring at most, a mean over images.
 `towards` are CIFAR-10's images, each towards the next class.
 With --exact nothing is estimated: an iteration takes the white-box normal across the ray, turned away from it at random to the
 cosine given, and asks rows for its search alone. It tells what better estimates could bring.
 With --along, what 1000 queries (or so many) reach: the median distance R at the start of some iterations, the cosine of the
 ray with the white-box normal, and their product, the distance of the tangent plane: where a boundary is flat, none is nearer.
+With --white-box, that distance over the least one that foolbox's DDN finds (300 steps), quartiles over images.
 Distances along patterns are medians over images of the nearest of four, by bisection.
 """
 
@@ -30,6 +32,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from foolbox import PyTorchModel
+from foolbox.attacks import DDNAttack
+from foolbox.criteria import Misclassification, TargetedMisclassification
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -185,10 +190,28 @@ def along(data: str, budget: int, count: int | None) -> None:
         )
 
 
-def chosen(data: str, count: int | None) -> tuple[nn.Module, Tensor, Tensor, dict[str, Any]]:
-    """Model, images, labels and the targets, if any, of a data set."""
-    skip, n = CHOSEN[data]
-    model, images, labels, pool = inputs("cifar10" if data == "towards" else data, skip, count or n)
+def white_box(data: str, budget: int, count: int | None, skip: int | None) -> None:
+    """Print the distances of `waterfill` over those of a white-box attack."""
+    model, images, labels, aim = chosen(data, count, skip)
+    goal = TargetedMisclassification(aim["targets"]) if aim else Misclassification(labels)
+    seen = PyTorchModel(model.eval(), bounds=(0, 1), device=images.device)
+    rows, _, _ = DDNAttack(steps=300, init_epsilon=1.0, gamma=0.02)(seen, images, goal, epsilons=None)
+    least = torch.where(goal(rows, model(rows)), (rows - images).flatten(1).norm(dim=1), math.inf)
+    result = run_attack(model, images, labels, "waterfill", "l2", budget=budget, **aim)
+    ours = torch.tensor(result.distance_at(budget))
+    quartiles = ", ".join(f"{float(q):.2f}" for q in (ours / least).quantile(torch.tensor([0.25, 0.5, 0.75]).double()))
+    print(
+        f"{data}, {len(images)} images, {budget} queries: median {median(ours.numpy()):.3g}, "
+        f"white-box {median(least.numpy()):.3g}; ours over it, quartiles {quartiles}",
+        flush=True,
+    )
+
+
+def chosen(data: str, count: int | None, skip: int | None = None) -> tuple[nn.Module, Tensor, Tensor, dict[str, Any]]:
+    """Model, images, labels and the targets, if any, of a data set, from its first image on or from number `skip`."""
+    first, n = CHOSEN[data]
+    first = first if skip is None else skip
+    model, images, labels, pool = inputs("cifar10" if data == "towards" else data, first, count or n)
     return model, images, labels, {"targets": (labels + 1) % 10, "pool": pool} if data == "towards" else {}
 
 
@@ -198,9 +221,14 @@ def main() -> None:
     parser.add_argument("--images", type=int)
     parser.add_argument("--exact", type=float, nargs="+", metavar="COSINE", help="white-box normals of these cosines")
     parser.add_argument("--along", type=int, metavar="QUERIES", help="how near the iterations of a run come")
+    parser.add_argument("--white-box", type=int, metavar="QUERIES", help="how near DDN comes, beside so many queries")
+    parser.add_argument("--skip", type=int, help="the first image of --white-box")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for data in args.only:
+        if args.white_box:
+            white_box(data, args.white_box, args.images, args.skip)
+            continue
         if args.along:
             along(data, args.along, args.images)
             continue

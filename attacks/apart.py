@@ -31,10 +31,10 @@ def orthonormal(drawn: Tensor, kept: Tensor, most: int) -> tuple[Tensor, Tensor]
 
     Args:
         kept: orthonormal rows [m,d], the oldest first.
-        most: how many of the last rows to be orthogonal to.
+        most: how many of the last rows to be orthogonal to and to keep.
 
     Returns:
-        Those rows [n,d], and what to keep: at most `most` of the last rows or the last quarter.
+        Those rows [n,d], and what to keep.
     """
     parts = []
     for part in drawn.split(max(drawn.shape[1] // 4, 1)):
@@ -42,7 +42,7 @@ def orthonormal(drawn: Tensor, kept: Tensor, most: int) -> tuple[Tensor, Tensor]
         rows, triangle = torch.linalg.qr((part - (part @ kept.T) @ kept).T)
         parts.append(rows.T * triangle.diagonal().sign()[:, None])
         kept = torch.cat([kept, parts[-1]])
-    return torch.cat(parts), kept
+    return torch.cat(parts), kept[max(len(kept) - most, 0) :]
 
 
 class Asked:

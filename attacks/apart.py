@@ -54,33 +54,25 @@ class Asked:
     """
 
     def __init__(self, basis: Blocks, like: Tensor) -> None:
-        self._basis, self._shape = basis, like.shape
+        self.basis, self._shape = basis, like.shape
         self._live = torch.arange(0, device=like.device)
-        self._root = self._kept = self._next = like.new_zeros(0, 0)
+        self._kept = self._next = like.new_zeros(0, 0)
 
-    def weigh(self, variances: Tensor) -> None:
-        """Set the variances of the noise that follows [C,H,W]; directions are kept in the coefficients that have some."""
-        live = variances.flatten().nonzero()[:, 0]
-        place = torch.full((variances.numel(),), len(live), device=live.device)
-        place[live] = torch.arange(len(live), device=live.device)
-        kept = self._kept.new_zeros(len(self._kept), len(live) + 1)  # the last for what has none now
-        kept[:, place[self._live]] = self._kept
-        self._live, self._kept = live, kept[:, :-1]
-        self._root = variances.flatten()[live].sqrt()
-
-    def sample(self, n: int, generator: torch.Generator, across: Sequence[Tensor]) -> Tensor:
+    def sample(self, n: int, variances: Tensor, across: Sequence[Tensor], generator: torch.Generator) -> Tensor:
         """Noise [n,C,H,W] orthogonal to what was asked and to its own rows, where there are dimensions enough.
 
         Args:
+            variances: of its coefficients [C,H,W]; what was asked of those that have none is forgotten.
             across: images [1,C,H,W], orthogonal to one another, along which it is to have no part.
         """
-        size = len(self._live)
-        most = min(int(FULL * size), HELD_BYTES // (size * self._root.element_size()))
+        self._restrict(variances.flatten().nonzero()[:, 0])
+        size, root = len(self._live), variances.flatten()[self._live].sqrt()
+        most = min(int(FULL * size), HELD_BYTES // (size * root.element_size()))
         drawn = torch.randn(n, size, generator=generator, device=generator.device)
         rows, self._next = orthonormal(drawn, self._kept, most)
         u = rows.new_zeros(n, math.prod(self._shape))
-        u[:, self._live] = rows * (self._root * math.sqrt(size))
-        u = self._basis.compose(u.view(n, *self._shape))
+        u[:, self._live] = rows * (root * math.sqrt(size))
+        u = self.basis.compose(u.view(n, *self._shape))
         for direction in across:
             unit = F.normalize(direction.flatten(), dim=0)
             u -= (u.flatten(1) @ unit).view(-1, 1, 1, 1) * unit.view_as(direction)
@@ -89,3 +81,11 @@ class Asked:
     def keep(self) -> None:
         """Take in that the noise of the last `sample` was asked."""
         self._kept = self._next
+
+    def _restrict(self, live: Tensor) -> None:
+        """Keep the directions in these coefficients alone, by their numbers."""
+        place = torch.full((math.prod(self._shape),), len(live), device=live.device)
+        place[live] = torch.arange(len(live), device=live.device)
+        kept = self._kept.new_zeros(len(self._kept), len(live) + 1)  # the last for those that are left out
+        kept[:, place[self._live]] = self._kept
+        self._live, self._kept = live, kept[:, :-1]

@@ -61,7 +61,6 @@ from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Query, Search, Task
 
 from .apart import Asked
-from .blocks import Blocks
 from .cgba import LEVELS_OF_NOISE, semicircle
 from .hop_skip_jump import Lift, step
 from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob
@@ -151,7 +150,7 @@ class Waterfill(Attack):
             if task.norm == "l2" and knob.value is None:
                 hint = spectrum.hint(point - task.image) ** HINT[task.target is not None]
             prior = spectrum.variances(hint)
-            share = yield from _ask(task, point, sigma, rows, spectrum.basis, prior, evidence, asked, knob, lift)
+            share = yield from _ask(task, point, sigma, rows, prior, evidence, asked, knob, lift)
             precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, PRECISION)
             if share == 1:  # too deep inside, or on a ridge that noise leaves on both sides
                 point, _ = yield from inward(task, point, PRECISION, precision)
@@ -187,7 +186,6 @@ def _ask(
     point: Tensor,
     sigma: float,
     count: int,
-    basis: Blocks,
     prior: Tensor,
     evidence: Evidence,
     asked: Asked,
@@ -201,7 +199,7 @@ def _ask(
 
     Cost: `count` rows, in queries of at most `ROW_BYTES`, and where a wrapper sets the noise of those that `Lift` says.
     """
-    generator, rest = task.generator, evidence.variances(prior)
+    generator, basis, rest = task.generator, asked.basis, evidence.variances(prior)
     shares, across, root = water_filling(rest / rest.sum(), HORIZON * K * K * count), [], math.sqrt(point.numel())
     if task.norm == "l2":
         ray = point - task.image
@@ -217,8 +215,7 @@ def _ask(
         return shares if own == 1 else own * shares + (1 - own)
 
     def sample(n: int) -> Tensor:
-        asked.weigh(variances())
-        return asked.sample(n, generator, across)
+        return asked.sample(n, variances(), across, generator)
 
     centred = sigma * root if task.norm == "l2" else None  # a length; in linf only a wrapper's noise is centred
     total, drift = point.new_zeros(1 + SHUFFLES, *point.shape[1:]), torch.zeros_like(point)

@@ -140,13 +140,13 @@ def exactly(data: str, share: float, count: int | None, budget: int = 500) -> No
     found: dict[int, Tensor] = {}
 
     def told(*given: Any) -> Generator[Query, Answer, float]:
-        task, point, _, _, basis, _, evidence, *_ = given
+        task, point, _, _, _, evidence, asked, *_ = given
         label = int(model(task.image[None]).argmax())
         true = normal(model, task.image, label, point[0], task.target)
         aside = torch.randn(true.shape, generator=task.generator)
         aside -= (aside * true).sum() * true
         mixed = share * true + math.sqrt(1 - share**2) * aside / torch.linalg.vector_norm(aside)
-        found[id(evidence)] = basis.analyse(mixed[None])[0]
+        found[id(evidence)] = asked.basis.analyse(mixed[None])[0]
         return 0.5
         yield  # a generator, which asks nothing
 

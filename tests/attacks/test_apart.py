@@ -14,16 +14,15 @@ from robustbox.attacks.blocks import Blocks, blocks
 
 SHAPE = (3, 8, 8)
 BASIS: Blocks = blocks(SHAPE, torch.device("cpu"))
+EVEN = torch.ones(SHAPE)
 
 
 def stream(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def asked(variances: Tensor) -> Asked:
-    made = Asked(BASIS, torch.zeros(SHAPE))
-    made.weigh(variances)
-    return made
+def asked() -> Asked:
+    return Asked(BASIS, torch.zeros(SHAPE))
 
 
 def whitened(noise: Tensor, variances: Tensor) -> Tensor:
@@ -34,10 +33,10 @@ def whitened(noise: Tensor, variances: Tensor) -> Tensor:
 
 def test_rows_are_orthogonal_to_those_that_were_asked() -> None:
     variances = torch.rand(SHAPE, generator=stream(1)) + 0.1
-    noise, generator = asked(variances), stream()
+    noise, generator = asked(), stream()
     rows = []
     for n in (7, 20, 1, 40):
-        rows.append(whitened(noise.sample(n, generator, []), variances))
+        rows.append(whitened(noise.sample(n, variances, [], generator), variances))
         noise.keep()
     products = torch.cat(rows) @ torch.cat(rows).T / 192
     assert torch.allclose(products, torch.eye(68), atol=1e-4)
@@ -45,35 +44,37 @@ def test_rows_are_orthogonal_to_those_that_were_asked() -> None:
 
 def test_what_was_not_asked_does_not_count() -> None:
     """The noise of a query is drawn again where it is too large to be held: the same as before."""
-    noise, generator = asked(torch.ones(SHAPE)), stream()
-    noise.sample(30, generator, [])
+    noise, generator = asked(), stream()
+    noise.sample(30, EVEN, [], generator)
     noise.keep()
     state = generator.get_state()
-    first = noise.sample(30, generator, [])
+    first = noise.sample(30, EVEN, [], generator)
     generator.set_state(state)
-    assert torch.equal(first, noise.sample(30, generator, []))
+    assert torch.equal(first, noise.sample(30, EVEN, [], generator))
 
 
 def test_noise_has_its_variances_and_no_part_across() -> None:
     variances = torch.rand(SHAPE, generator=stream(1)) * (torch.rand(SHAPE, generator=stream(2)) > 0.5)
-    noise, generator = asked(variances), stream()
-    drawn = torch.cat([noise.sample(40, generator, []) for _ in range(100)])
+    noise, generator = asked(), stream()
+    drawn = torch.cat([noise.sample(40, variances, [], generator) for _ in range(100)])
     found = BASIS.analyse(drawn).square().mean(0)
     assert torch.allclose(found, variances, atol=0.12)
     assert float(found.mean()) == pytest.approx(float(variances.mean()), rel=0.02)
     direction = torch.randn(1, *SHAPE, generator=stream(3))
-    left = noise.sample(10, generator, [direction, torch.zeros_like(direction)]).flatten(1) @ direction.flatten()
+    left = (
+        noise.sample(10, variances, [direction, torch.zeros_like(direction)], generator).flatten(1)
+        @ direction.flatten()
+    )
     assert float(left.abs().max()) < 1e-4
 
 
 def test_directions_stay_where_there_still_is_noise() -> None:
-    first, second = torch.ones(SHAPE), torch.ones(SHAPE)
+    first, second = EVEN.clone(), EVEN.clone()
     first[:, 4:], second[:, :, 4:] = 0, 0
-    noise, generator = asked(first), stream()
-    before = whitened(noise.sample(20, generator, []), torch.ones(SHAPE))
+    noise, generator = asked(), stream()
+    before = whitened(noise.sample(20, first, [], generator), EVEN)
     noise.keep()
-    noise.weigh(second)
-    after = whitened(noise.sample(10, generator, []), torch.ones(SHAPE))
+    after = whitened(noise.sample(10, second, [], generator), EVEN)
     both = ((first > 0) & (second > 0)).flatten()
     assert bool((after[:, second.flatten() == 0].abs() < 1e-5).all())
     assert float(before[:, both].norm()) > 1 < float(after[:, both].norm())
@@ -104,10 +105,10 @@ def test_one_dimension_is_asked_again_and_again() -> None:
 
 def test_what_is_kept_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apart, "HELD_BYTES", 10 * 192 * 4)
-    noise, generator = asked(torch.ones(SHAPE)), stream()
+    noise, generator = asked(), stream()
     rows = []
     for _ in range(4):
-        rows.append(noise.sample(4, generator, []).flatten(1))
+        rows.append(noise.sample(4, EVEN, [], generator).flatten(1))
         noise.keep()
     assert float((rows[3] @ rows[2].T).abs().max()) < 1e-3
     assert float((rows[3] @ rows[0].T).abs().max()) > 1
@@ -121,9 +122,9 @@ def test_signs_tell_as_much_as_the_formula_says(alike: bool, monkeypatch: pytest
     for seed in range(60):
         generator = stream(seed)
         normal = torch.randn(192, generator=generator)
-        noise, told = asked(torch.ones(SHAPE)), torch.zeros(192)
+        noise, told = asked(), torch.zeros(192)
         for _ in range(4):
-            u = noise.sample(q // 4, generator, []).flatten(1)
+            u = noise.sample(q // 4, EVEN, [], generator).flatten(1)
             noise.keep()
             told += (u @ normal).sign() @ u
         cosines.append(float(torch.cosine_similarity(told, normal, dim=0)))

@@ -71,7 +71,7 @@ class Asked:
         drawn = torch.randn(n, size, generator=generator, device=generator.device)
         rows, self._next = orthonormal(drawn, self._kept, most)
         u = rows.new_zeros(n, math.prod(self._shape))
-        u[:, self._live] = rows * (root * math.sqrt(size))
+        u.index_copy_(1, self._live, rows * (root * math.sqrt(size)))
         u = self.basis.compose(u.view(n, *self._shape))
         for direction in across:
             unit = F.normalize(direction.flatten(), dim=0)
@@ -84,8 +84,7 @@ class Asked:
 
     def _restrict(self, live: Tensor) -> None:
         """Keep the directions in these coefficients alone, by their numbers."""
-        place = torch.full((math.prod(self._shape),), len(live), device=live.device)
-        place[live] = torch.arange(len(live), device=live.device)
-        kept = self._kept.new_zeros(len(self._kept), len(live) + 1)  # the last for those that are left out
-        kept[:, place[self._live]] = self._kept
-        self._live, self._kept = live, kept[:, :-1]
+        place = torch.full((math.prod(self._shape),), len(self._live), device=live.device)
+        place[self._live] = torch.arange(len(self._live), device=live.device)
+        kept = F.pad(self._kept, (0, 1))  # a column of zeros for those that are new
+        self._live, self._kept = live, kept.index_select(1, place[live])

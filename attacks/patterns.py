@@ -67,7 +67,7 @@ class Patterns(ABC):
         self.channels, self.height, self.width = task.image.shape
         self.device = task.image.device
         self._y, self._x = (torch.linspace(-1, 1, n, device=self.device) for n in (self.height, self.width))
-        self.down, self.right = (torch.arange(n, device=self.device) for n in (self.height, self.width))
+        self.down, self.right = (torch.arange(float(n), device=self.device) for n in (self.height, self.width))
         self.wide = torch.tensor([0.0] * 3 + [1.0] * self.channels, device=self.device)
         self.usual = torch.tensor([*self.own, 3.0, 0.5, 0.5] + [1.0] * self.channels, device=self.device)
 
@@ -90,14 +90,14 @@ class Patterns(ABC):
     def near(self, pattern: Tensor) -> Tensor:
         """A neighbour of a pattern."""
         low, high = SCALES
-        scale = low * (high / low) ** self.uniform(1) * self.spread(pattern)
+        scale = torch.pow(high / low, self.uniform(1)).mul_(low) * self.spread(pattern)
         return torch.addcmul(pattern, scale, torch.randn(scale.shape, generator=self.generator, device=self.device))
 
     def window(self, pattern: Tensor) -> Tensor:
         """The window times the amounts, [C,H,W]."""
-        narrow, y, x = pattern[-3 - self.channels : -self.channels]
-        away = (self._y - y).square()[:, None] + (self._x - x).square()
-        return torch.exp(-narrow.clamp_min(0) * away) * pattern[-self.channels :, None, None]
+        narrow, y, x = pattern[-3 - self.channels : -self.channels].unbind()
+        away = (self._y - y).square_()[:, None] + (self._x - x).square_()
+        return away.mul_(-narrow.clamp_min(0)).exp_() * pattern[-self.channels :, None, None]
 
     def uniform(self, n: int) -> Tensor:
         return torch.rand(n, generator=self.generator, device=self.device)
@@ -139,8 +139,8 @@ class Wavelets(Patterns):
             yield wavelet, self.row(wavelet, torch.tensor([NEAR * GROWTH**k * unit], device=self.device))
 
     def new(self) -> Tensor:
-        period, turn, phase = self.uniform(3)
-        rate = (PERIODS[0] / PERIODS[1]) ** period / PERIODS[0]
+        period, turn, phase = self.uniform(3).unbind()
+        rate = torch.pow(PERIODS[0] / PERIODS[1], period) / PERIODS[0]
         wave = [rate * torch.cos(math.pi * turn), rate * torch.sin(math.pi * turn), 2 * math.pi * phase]
         return torch.cat([torch.stack(wave), self.wide])
 
@@ -148,9 +148,9 @@ class Wavelets(Patterns):
         return torch.addcmul(self.usual, self._rates, torch.linalg.vector_norm(pattern[:2]))
 
     def direction(self, pattern: Tensor) -> Tensor:
-        fy, fx, phase = pattern[:3]
+        fy, fx, phase = pattern[:3].unbind()
         turns = fy * self.down[:, None] + fx * self.right
-        wave = torch.add(phase, turns, alpha=2 * math.pi).sin_() * self.window(pattern)
+        wave = self.window(pattern).mul_(torch.add(phase, turns, alpha=2 * math.pi).sin_())
         return wave.sign() if self.norm == "linf" else wave
 
 
@@ -173,7 +173,7 @@ class Pieces(Patterns):
             yield torch.cat([plain, self.wide]), self._rival(k)
 
     def new(self) -> Tensor:
-        which, cut = self.uniform(2)
+        which, cut = self.uniform(2).unbind()
         low, high = CUTS
         chosen = (which * len(self._nearest)).floor()
         return torch.cat([torch.stack([chosen, math.log(low) + math.log(high / low) * cut]), self.wide])

@@ -106,13 +106,22 @@ def inward(task: Task, end: Tensor, guess: float, tolerance: float) -> Generator
     image = task.image
     radius = float(distance(end - image, task.norm))
 
-    def path(share: float) -> Tensor:
-        if task.norm == "l2":
-            return torch.lerp(end, image, share)
-        return end.clamp(image - (1 - share) * radius, image + (1 - share) * radius)
+    def line(share: float) -> Tensor:
+        return torch.lerp(end, image, share)
 
+    path = line if task.norm == "l2" else shrinking(image, end - image, radius)
     share, guess = yield from furthest(task, path, guess, 1.0, tolerance)
     return (path(share) if share else end), guess
+
+
+def shrinking(image: Tensor, delta: Tensor, radius: float) -> Callable[[float], Tensor]:
+    """A path in linf: an image [C,H,W] with a change [1,C,H,W] cut off at the radius, less a share of it in [0, 1]."""
+
+    def path(share: float) -> Tensor:
+        far = (1 - share) * radius
+        return (image + delta.clamp(-far, far)).clamp_(0, 1)
+
+    return path
 
 
 def hold(task: Task, point: Tensor, end: Tensor | None = None) -> Generator[Query, Answer, Tensor]:

@@ -23,9 +23,9 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
 Noise has the length 0.3 R, but at least 1.3 grey levels a pixel where rows are rounded: real boundaries are flat for random
 directions, and long noise forgives a coarse search. One-sided answers halve it.
 
-In linf (no semicircle there) the step is HopSkipJump's, along the sign of the estimate, R / sqrt(t) long and halved until it
-reaches the goal, and the ball is shrunk around x until it fails; where that ends no nearer than x_b, x_b stays. Noise is
-0.15 R a pixel, with no direction left out.
+In linf the arc's place is taken by x + clamp(x_b - x + R n / mean |n|, -r, r) for the estimate n and r < R. Where n is large,
+that is the corner of the ball, which is best on a plane; where it is small, and its sign a guess, x_b - x stays, in which all
+estimates before have left their traces. Noise is 0.15 R a pixel, with no direction left out.
 
 Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search. The climb comes first, about 35 rows
 for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal, `starts.find_start` after it), and one line
@@ -62,8 +62,8 @@ from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Query, Sear
 
 from .apart import Asked
 from .cgba import LEVELS_OF_NOISE, semicircle
-from .hop_skip_jump import Lift, step
-from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob
+from .hop_skip_jump import Lift
+from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob, shrinking
 from .noise import Noise
 from .patterns import climb
 from .spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
@@ -83,6 +83,8 @@ HINT = (1 / 3, 1 / 6)
 """The power of what the perturbation hints, untargeted and towards a target."""
 SMOOTH = 0.5
 """The share of the noise's variance that is the attack's own at most, where a wrapper sets its length."""
+ADDED = 1.0
+"""What an estimate adds to the perturbation in linf, a mean over pixels, over the distance."""
 FIRST, SEARCH = 0.6, 8
 """The first angle tried (radians; on a straight line the share of the way), and the rows that a search usually takes."""
 
@@ -161,18 +163,17 @@ class Waterfill(Attack):
                 spectrum.learn(number, evidence, prior)
                 prior = spectrum.variances(hint)
             normal = spectrum.basis.compose(evidence.mean(prior)[None])
-            if task.norm == "linf":
-                end = yield from step(task, point, normal, radius / math.sqrt(t))
-                if end is not None:
-                    end, guess = yield from inward(task, end, guess, tolerance)
-                    if float(distance(end - task.image, task.norm)) < radius:
-                        point = end
-                continue
-            path = semicircle(task.image, point, normal)
-            angle, guess = yield from furthest(task, path, guess, math.pi / 2, tolerance)
-            if angle:
-                before, point = point, path(angle)
-                evidence.rule_out(spectrum.basis.analyse(point - before)[0], prior)
+            if task.norm == "l2":
+                path, end = semicircle(task.image, point, normal), math.pi / 2
+            else:
+                usual = float(normal.abs().mean().clamp_min(1e-30))
+                moved = torch.add(point - task.image, normal, alpha=ADDED * radius / usual)
+                path, end = shrinking(task.image, moved, radius), 1.0
+            share, guess = yield from furthest(task, path, guess, end, tolerance)
+            if share:
+                before, point = point, path(share)
+                if task.norm == "l2":
+                    evidence.rule_out(spectrum.basis.analyse(point - before)[0], prior)
 
     @staticmethod
     def _sigma(task: Task, radius: float) -> float:

@@ -94,6 +94,7 @@ PRIOR: dict[str, dict[str, Any]] = {
     "without the colours' prior": {"spectrum.COLOUR": 1.0, "spectrum.COARSE": 1e9},
     "without the middle's prior": {"spectrum.MIDDLE": 0.0},
 }
+CORNERS = "with the ball's corners alone"
 REMOVED: dict[str, dict[str, Any]] = {
     "without orthogonal noise": {"apart.orthonormal": independent},
     "without water-filling (white noise)": {"waterfill.water_filling": isotropic},
@@ -103,6 +104,7 @@ REMOVED: dict[str, dict[str, Any]] = {
     "without the perturbation's hint": {"waterfill.HINT": (0.0, 0.0)},
     "without centring": {"waterfill.Lift.follow": lambda *_: None},
     "without the arc's evidence": {"spectrum.Evidence.rule_out": lambda *_: None},
+    CORNERS: {"waterfill.ADDED": 1e6},
     "with short noise (0.05 R)": {"waterfill.NOISE": {"l2": 0.05, "linf": 0.05}},
 }
 """Ideas that are no options: what stands in their place, by module and name in `robustbox.attacks`."""
@@ -116,13 +118,13 @@ def without() -> dict[str, Side]:
         "without learning": (OURS, {"learn": False}),
         "without memory": (OURS, {"memory": 0.0}),
     }
-    return options | {idea: (OURS, {}) for idea in REMOVED}
+    return options | {idea: (OURS, {}) for idea in REMOVED if idea != CORNERS}
 
 
 def without_in_linf() -> dict[str, Side]:
-    """The same in linf, where nothing is hinted at, centred or ruled out."""
+    """The same in linf, where nothing is hinted at, centred or ruled out, and there is no arc."""
     unused = ("without the perturbation's hint", "without centring", "without the arc's evidence")
-    return {idea: side for idea, side in without().items() if idea not in unused}
+    return {idea: side for idea, side in without().items() if idea not in unused} | {CORNERS: (OURS, {})}
 
 
 DCT_2: dict[str, Side] = {"cgba, DCT 2": ("cgba", {"subspace": "dct", "factor": 2})}

@@ -174,6 +174,6 @@ MODES = [
     Mode("tangent", targeted=True, factors=(1.2, 1.06)),
     Mode("waterfill", factors=(1.2, 1.05)),
     Mode("waterfill", targeted=True, factors=(1.2, 1.05)),
-    Mode("waterfill", "linf", factors=(1.5, 1.17)),
-    Mode("waterfill", "linf", targeted=True, factors=(1.5, 1.17)),
+    Mode("waterfill", "linf", factors=(1.3, 1.07)),
+    Mode("waterfill", "linf", targeted=True, factors=(1.3, 1.07)),
 ]

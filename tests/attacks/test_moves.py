@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustbox.attacks import moves
-from robustbox.attacks.moves import bisect_arc, bisect_line, estimate_normal, hold, radius_knob
+from robustbox.attacks.moves import bisect_arc, bisect_line, estimate_normal, hold, radius_knob, shrinking
 from robustbox.attacks.starts import find_start
 from robustbox.attacks.subspaces import sampler
 from robustbox.protocol import REJECTED, Answer, Query
@@ -357,3 +357,14 @@ def test_targeted_start_takes_the_nearest_images_of_the_class_only() -> None:
     _, asked = drive(find_start(of), of, lambda rows: torch.zeros(len(rows)).long())
     expected = torch.stack([image + 0.02 * k for k in range(1, 20, 2)])
     assert torch.allclose(asked[0].rows, expected)
+
+
+def test_a_change_is_cut_off_at_ever_smaller_balls_and_kept_where_it_is_small() -> None:
+    image, delta = torch.full((1, 2, 2), 0.5), torch.tensor([[[[0.7, -0.3], [0.05, 0.0]]]])
+    path = shrinking(image, delta, 0.2)
+    for share in (0.0, 0.25, 0.9, 1.0):
+        far = 0.2 * (1 - share)
+        expected = torch.tensor([[[[far, -far], [min(0.05, far), 0.0]]]])
+        assert torch.allclose(path(share) - image, expected, atol=1e-7)
+    dark = shrinking(torch.zeros(1, 2, 2), delta, 0.2)(0.5)
+    assert dark.flatten().tolist() == pytest.approx([0.1, 0.0, 0.05, 0.0])  # the box takes the rest

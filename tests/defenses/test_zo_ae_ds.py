@@ -274,7 +274,7 @@ def test_on_a_fragile_model_the_order_is_the_papers(real_data: Path, seed: int) 
     undefended = accuracy(box)
     assert undefended < 0.6
     found = {}
-    common: dict[str, Any] = {"sigma": 0.5, "depth": 3, "width": 8, "ae_epochs": 8, "rows": 60_000}
+    common: dict[str, Any] = {"sigma": 0.5, "depth": 3, "width": 8, "ae_epochs": 8, "rows": 80_000}
     for name, options in {
         "ae-only": {"variant": "ae-only"},
         "ds": {"variant": "ds", "estimator": "rge", "q": 48, "batch": 64},

@@ -67,7 +67,7 @@ class Patterns(ABC):
         self.channels, self.height, self.width = task.image.shape
         self.device = task.image.device
         self._y, self._x = (torch.linspace(-1, 1, n, device=self.device) for n in (self.height, self.width))
-        self.down, self.right = (torch.arange(float(n), device=self.device) for n in (self.height, self.width))
+        self.down, self.right = (torch.arange(n, dtype=torch.float32, device=self.device) for n in task.image.shape[1:])
         self.wide = torch.tensor([0.0] * 3 + [1.0] * self.channels, device=self.device)
         self.usual = torch.tensor([*self.own, 3.0, 0.5, 0.5] + [1.0] * self.channels, device=self.device)
 

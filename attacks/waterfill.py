@@ -25,7 +25,8 @@ directions, and long noise forgives a coarse search. One-sided answers halve it.
 
 In linf the arc's place is taken by x + clamp(x_b - x + R n / mean |n|, -r, r) for the estimate n and r < R. Where n is large,
 that is the corner of the ball, which is best on a plane; where it is small, and its sign a guess, x_b - x stays, in which all
-estimates before have left their traces. Noise is 0.15 R a pixel, with no direction left out.
+estimates before have left their traces. Its end tells of n what an arc's does. Noise is 0.15 R a pixel, with no direction left
+out.
 
 Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search. The climb comes first, about 35 rows
 for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal, `starts.find_start` after it), and one line
@@ -169,11 +170,10 @@ class Waterfill(Attack):
                 usual = float(normal.abs().mean().clamp_min(1e-30))
                 moved = torch.add(point - task.image, normal, alpha=ADDED * radius / usual)
                 path, end = shrinking(task.image, moved, radius), 1.0
-            share, guess = yield from furthest(task, path, guess, end, tolerance)
-            if share:
-                before, point = point, path(share)
-                if task.norm == "l2":
-                    evidence.rule_out(spectrum.basis.analyse(point - before)[0], prior)
+            way, guess = yield from furthest(task, path, guess, end, tolerance)
+            if way:
+                before, point = point, path(way)
+                evidence.rule_out(spectrum.basis.analyse(point - before)[0], prior)
 
     @staticmethod
     def _sigma(task: Task, radius: float) -> float:

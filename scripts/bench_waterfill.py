@@ -94,7 +94,6 @@ PRIOR: dict[str, dict[str, Any]] = {
     "without the colours' prior": {"spectrum.COLOUR": 1.0, "spectrum.COARSE": 1e9},
     "without the middle's prior": {"spectrum.MIDDLE": 0.0},
 }
-CORNERS = "with the ball's corners alone"
 REMOVED: dict[str, dict[str, Any]] = {
     "without orthogonal noise": {"apart.orthonormal": independent},
     "without water-filling (white noise)": {"waterfill.water_filling": isotropic},
@@ -104,27 +103,28 @@ REMOVED: dict[str, dict[str, Any]] = {
     "without the perturbation's hint": {"waterfill.HINT": (0.0, 0.0)},
     "without centring": {"waterfill.Lift.follow": lambda *_: None},
     "without the arc's evidence": {"spectrum.Evidence.rule_out": lambda *_: None},
-    CORNERS: {"waterfill.ADDED": 1e6},
+    "with the ball's corners alone": {"waterfill.ADDED": 1e6},
     "with short noise (0.05 R)": {"waterfill.NOISE": {"l2": 0.05, "linf": 0.05}},
 }
 """Ideas that are no options: what stands in their place, by module and name in `robustbox.attacks`."""
 
 
-def without() -> dict[str, Side]:
-    """Ours, and ours without one of its ideas."""
+UNUSED = {
+    "l2": ("with the ball's corners alone",),
+    "linf": ("without the perturbation's hint", "without centring"),
+}
+"""Ideas that have no part in a norm."""
+
+
+def without(norm: str) -> dict[str, Side]:
+    """Ours, and ours without one of the ideas that have a part in a norm."""
     options: dict[str, Side] = {
         OURS: (OURS, {}),
         f"{OURS}, shared": (OURS, {"share_prior": True}),
         "without learning": (OURS, {"learn": False}),
         "without memory": (OURS, {"memory": 0.0}),
     }
-    return options | {idea: (OURS, {}) for idea in REMOVED if idea != CORNERS}
-
-
-def without_in_linf() -> dict[str, Side]:
-    """The same in linf, where nothing is hinted at, centred or ruled out, and there is no arc."""
-    unused = ("without the perturbation's hint", "without centring", "without the arc's evidence")
-    return {idea: side for idea, side in without().items() if idea not in unused} | {CORNERS: (OURS, {})}
+    return options | {idea: (OURS, {}) for idea in REMOVED if idea not in UNUSED[norm]}
 
 
 DCT_2: dict[str, Side] = {"cgba, DCT 2": ("cgba", {"subspace": "dct", "factor": 2})}
@@ -139,14 +139,14 @@ CONTESTS: dict[str, Contest] = {
     "8-bit-targeted": Contest("cifar10", 50, 2000, named("cgba-h"), levels=256, targeted=True),
     "linf": Contest("cifar10", 50, 2000, named("hop-skip-jump", "rays", "geoda"), norm="linf"),
     "second": Contest("zoo", 50, 2000, named("cgba", "hop-skip-jump"), skip=200),
-    "ablation-cifar10": Contest("cifar10", 40, 1000, without(), skip=160),
-    "ablation-mnist": Contest("mnist", 50, 1000, without(), skip=160),
-    "ablation-digits": Contest("digits", 100, 500, without()),
-    "ablation-imagenet": Contest("imagenet", 8, 500, without(), skip=60),
-    "ablation-linf-cifar10": Contest("cifar10", 40, 1000, without_in_linf(), skip=160, norm="linf"),
-    "ablation-linf-mnist": Contest("mnist", 50, 1000, without_in_linf(), skip=160, norm="linf"),
-    "ablation-linf-digits": Contest("digits", 100, 500, without_in_linf(), norm="linf"),
-    "ablation-linf-imagenet": Contest("imagenet", 8, 500, without_in_linf(), skip=60, norm="linf"),
+    "ablation-cifar10": Contest("cifar10", 40, 1000, without("l2"), skip=160),
+    "ablation-mnist": Contest("mnist", 50, 1000, without("l2"), skip=160),
+    "ablation-digits": Contest("digits", 100, 500, without("l2")),
+    "ablation-imagenet": Contest("imagenet", 8, 500, without("l2"), skip=60),
+    "ablation-linf-cifar10": Contest("cifar10", 40, 1000, without("linf"), skip=160, norm="linf"),
+    "ablation-linf-mnist": Contest("mnist", 50, 1000, without("linf"), skip=160, norm="linf"),
+    "ablation-linf-digits": Contest("digits", 100, 500, without("linf"), norm="linf"),
+    "ablation-linf-imagenet": Contest("imagenet", 8, 500, without("linf"), skip=60, norm="linf"),
 }
 
 

@@ -18,7 +18,7 @@ from robustbox.attacks.waterfill import Waterfill
 from robustbox.attacks.wrapper import relayed
 from robustbox.distances import distance
 from robustbox.errors import InputError
-from robustbox.protocol import Answer, Query
+from robustbox.protocol import Answer, Norm, Query
 from tests.attacks.analytic import Flat, check_box, drive, task, unit
 from tests.attacks.table import AWAY, Plane, beyond, images
 
@@ -157,8 +157,9 @@ def test_a_chord_is_ruled_out() -> None:
     assert abs(float((evidence.mean(prior) * chord).sum())) < 1e-6
 
 
-def test_what_an_arc_rules_out_lies_along_the_boundary_also_at_the_border_of_the_box(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_what_a_chord_rules_out_lies_along_the_boundary_also_at_the_border_of_the_box(
+    norm: Norm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Black images and a plane: what is clipped away turns an arc's tangent out of the boundary, but not its chord."""
     normal, along = unit((3, 8, 8), seed=1), []
@@ -174,7 +175,7 @@ def test_what_an_arc_rules_out_lies_along_the_boundary_also_at_the_border_of_the
         return torch.stack([1 - beyond, beyond], 1)
 
     monkeypatch.setattr(Evidence, "rule_out", rule_out)
-    result = run_attack(plane, torch.zeros(4, 3, 8, 8), [0] * 4, "waterfill", "l2", budget=300)
+    result = run_attack(plane, torch.zeros(4, 3, 8, 8), [0] * 4, "waterfill", norm, budget=400)
     assert not any(result.errors), result.errors
     assert len(along) > 20
     assert float(np.median(along)) < 0.01

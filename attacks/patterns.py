@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import count
 from typing import ClassVar
 
@@ -208,13 +208,35 @@ def climb(task: Task) -> Generator[Query, Answer, Tensor | None]:
             break
     else:
         return None
-    tried, step, least = best, STEP, LEAST / math.sqrt(task.image.numel())
-    far = distance(row - task.image, task.norm).float()
+
+    def propose(k: int, best: Tensor, far: Tensor, step: float) -> tuple[Tensor, Tensor]:
+        tried = patterns.near(best) if k % patterns.renewal else patterns.new()
+        return tried, patterns.row(tried, far * (1 - step))
+
+    return (yield from nearer(task, propose, best, row, STEP, LEAST / math.sqrt(task.image.numel())))
+
+
+def nearer(
+    task: Task,
+    propose: Callable[[int, Tensor, Tensor, float], tuple[Tensor, Tensor]],
+    best: Tensor,
+    row: Tensor,
+    step: float,
+    least: float,
+) -> Generator[Query, Answer, Tensor]:
+    """The row [1,C,H,W] that a climb ends with, once its step is below `least`.
+
+    Args:
+        propose: from the number of a row, the best pattern, its distance [1] and the step to another pattern and its row,
+            which is nearer by that share.
+        best: a pattern, of which `row` reaches the goal.
+    """
+    tried, far = best, distance(row - task.image, task.norm).float()
 
     def draw(_: int) -> Tensor:
         nonlocal tried
-        tried = patterns.near(best) if k % patterns.renewal else patterns.new()
-        return patterns.row(tried, far * (1 - step))
+        tried, asked = propose(k, best, far, step)
+        return asked
 
     def further(_: int) -> Tensor:
         """After a refusal: go further, and end sooner."""
@@ -230,7 +252,7 @@ def climb(task: Task) -> Generator[Query, Answer, Tensor | None]:
         else:
             step *= NARROWER
             if step < least:
-                return row
+                break
     return row
 
 

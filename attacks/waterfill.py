@@ -5,7 +5,8 @@ estimates the boundary's normal n from them, and searches the semicircle between
 as CGBA does (`cgba.py`). What differs is how few labels it takes:
 
 - **Start.** A climb over the few numbers of a wavelet, or of a piece of a target image (`patterns.py`): where the boundary is
-  far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds.
+  far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds. In linf
+  rectangles of what it found are then turned over (`flips.py`), as long as that pays.
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
   (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
   waves are long), are raised where v has its energy, and are learnt (`spectrum.py`).
@@ -29,16 +30,17 @@ estimates before have left their traces. Its end tells of n what an arc's does. 
 out.
 
 Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search. The climb comes first, about 35 rows
-for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal, `starts.find_start` after it), and one line
-search. n0 is 20, in l2 towards a target 6: as far from x as targets are, the boundary turns before an estimate has led far, and
-many short iterations go further than few long ones.
+for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal, `starts.find_start` after it), in linf the
+flips, about 50 of 32 pixels and 140 of 224, and one line search. n0 is 20, in l2 towards a target 6: as far from x as targets
+are, the boundary turns before an estimate has led far, and many short iterations go further than few long ones.
 
 With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from the evidence of
 all images of a run, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.
 
 It loses where normals are the contrary of the prior (fine colours, border without middle, the finest frequencies of large
-images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; and it gains
-little where the image has few dimensions or thousands of queries are spent: then any noise finds the normal.
+images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; in linf on large images,
+where normals hardly lead further than the flips; and it gains little where the image has few dimensions or thousands of queries
+are spent: then any noise finds the normal.
 
 The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. Where it is set, at least
 half of the noise's energy is white, and v hints at nothing: a stateful gate (`oars:waterfill`) takes smooth rows for alike even
@@ -63,6 +65,7 @@ from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Query, Sear
 
 from .apart import Asked
 from .cgba import LEVELS_OF_NOISE, semicircle
+from .flips import flip
 from .hop_skip_jump import Lift
 from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob, shrinking
 from .noise import Noise
@@ -129,6 +132,8 @@ class Waterfill(Attack):
         knob, lift, number, evidence = radius_knob(task.image), Lift(), spectrum.enter(), Evidence(task.image)
         asked = Asked(spectrum.basis, task.image)
         point, guess = (yield from climb(task)), PRECISION
+        if point is not None and task.norm == "linf":
+            point = yield from flip(task, point)
         if point is None:
             rivals = 10 if task.target is None else 0  # those of the target have all been asked
             point, guess = (yield from find_start(task, rivals=rivals)), FIRST

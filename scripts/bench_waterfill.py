@@ -85,6 +85,12 @@ def nowhere(task: Task) -> Generator[Query, Answer, None]:
     yield from ()
 
 
+def unflipped(task: Task, row: Tensor) -> Generator[Query, Answer, Tensor]:
+    """The row as it is, in place of `flip`."""
+    yield from ()
+    return row
+
+
 def independent(drawn: Tensor, kept: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Rows that know nothing of one another, in place of `orthonormal`."""
     return drawn / drawn.shape[1] ** 0.5, kept
@@ -98,6 +104,7 @@ REMOVED: dict[str, dict[str, Any]] = {
     "without orthogonal noise": {"apart.orthonormal": independent},
     "without water-filling (white noise)": {"waterfill.water_filling": isotropic},
     "without the climb": {"waterfill.climb": nowhere},
+    "without the flips": {"waterfill.flip": unflipped},
     **PRIOR,
     "with a flat prior": {name: value for part in PRIOR.values() for name, value in part.items()},
     "without the perturbation's hint": {"waterfill.HINT": (0.0, 0.0)},
@@ -110,7 +117,7 @@ REMOVED: dict[str, dict[str, Any]] = {
 
 
 UNUSED = {
-    "l2": ("with the ball's corners alone",),
+    "l2": ("without the flips", "with the ball's corners alone"),
     "linf": ("without the perturbation's hint", "without centring"),
 }
 """Ideas that have no part in a norm."""
@@ -138,6 +145,8 @@ CONTESTS: dict[str, Contest] = {
     "targeted": Contest("cifar10", 50, 2000, named("cgba-h", "cgba"), targeted=True),
     "8-bit-targeted": Contest("cifar10", 50, 2000, named("cgba-h"), levels=256, targeted=True),
     "linf": Contest("cifar10", 50, 2000, named("hop-skip-jump", "rays", "geoda"), norm="linf"),
+    "towards-linf": Contest("cifar10", 50, 2000, named("hop-skip-jump"), norm="linf", targeted=True),
+    "lite0-linf": Contest("imagenet", 25, 1000, named("rays", "geoda"), norm="linf"),
     "second": Contest("zoo", 50, 2000, named("cgba", "hop-skip-jump"), skip=200),
     "ablation-cifar10": Contest("cifar10", 40, 1000, without("l2"), skip=160),
     "ablation-mnist": Contest("mnist", 50, 1000, without("l2"), skip=160),

@@ -1,0 +1,61 @@
+"""A climb in linf that flips rectangles of the change (after RayS; ours).
+
+At the nearest point the change is a corner of the ball, so what is left to find is the signs. As in RayS (Chen and Gu, KDD
+2020; `rays.py`) a row asks whether the change with the signs of a block turned over reaches the goal nearer by. What differs:
+
+- Blocks are rectangles at random places, of one channel or of all: neighbours in the image, not in memory.
+- How much nearer a row is follows from what came of the rows before (`patterns.nearer`), and the rectangle's size from it:
+  turning over a share a of the change gains at most 2 a.
+
+The climb begins at a step of START and ends at one of FLIPS / d for d dimensions: a label of noise raises cos^2 to the normal
+by about 2 / (pi d), so in large images there are steps that pay more than normals do, and below a thousand dimensions none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from robustbox.protocol import Answer, Query, Task
+
+from .patterns import nearer
+
+START, FLIPS = 0.05, 50.0
+"""How much nearer the first row is, and the last ones are, times the number of dimensions."""
+AREA = (0.5, 8.0)
+"""The share of the image that a rectangle covers, over the step: from, to."""
+LARGEST = 0.25
+"""That share at most."""
+
+
+def flip(task: Task, row: Tensor) -> Generator[Query, Answer, Tensor]:
+    """A point nearer in linf than a row that reaches the goal, both [1,C,H,W].
+
+    Cost: none where START d < FLIPS; else log(FLIPS / (START d)) / log(NARROWER) rows where nothing nearer is found (11 for
+    3 x 32 x 32), and as many more as pay.
+    """
+    image, generator, least = task.image, task.generator, FLIPS / row.numel()
+    if least > START:
+        return row
+    channels, height, width = image.shape
+    y, x = (((torch.arange(n, device=image.device) + 0.5) / n) for n in (height, width))
+    channel = torch.arange(channels, device=image.device).view(-1, 1, 1)
+
+    def propose(_: int, best: Tensor, far: Tensor, step: float) -> tuple[Tensor, Tensor]:
+        low, high = (min(share * step, LARGEST) for share in AREA)
+        size, aspect, down, right, which = torch.rand(5, generator=generator, device=generator.device).unbind()
+        area, aspect = low * torch.pow(high / low, size), torch.pow(2, 2 * aspect - 1)
+        tall, wide = (area * aspect).sqrt().clamp_min(1 / height), (area / aspect).sqrt().clamp_min(1 / width)
+        top, left = down * (1 - tall), right * (1 - wide)
+        inside = ((y >= top) & (y < top + tall))[:, None] & (x >= left) & (x < left + wide)
+        chosen = (which > 0.5) | (channel == (2 * channels * which).floor())
+        radius = far * (1 - step)
+        change = torch.where(inside & chosen, -best, best).clamp(-radius, radius)
+        return change, (image + change).clamp_(0, 1)[None]
+
+    change = row[0] - image
+    far = change.abs().max()
+    outward = torch.where(row[0] <= 0, -far, torch.where(row[0] >= 1, far, change))  # as it was before the box cut it
+    return (yield from nearer(task, propose, outward, row, START, least))

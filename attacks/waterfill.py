@@ -38,9 +38,9 @@ With `share_prior` (off by default: an image's result then depends on the others
 all images of a run, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.
 
 It loses where normals are the contrary of the prior (fine colours, border without middle, the finest frequencies of large
-images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; in linf on large images,
-where normals hardly lead further than the flips; and it gains little where the image has few dimensions or thousands of queries
-are spent: then any noise finds the normal.
+images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; in linf on large
+images, where normals lead hardly further than flips; and it gains little where the image has few dimensions or thousands of
+queries are spent: then any noise finds the normal.
 
 The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. Where it is set, at least
 half of the noise's energy is white, and v hints at nothing: a stateful gate (`oars:waterfill`) takes smooth rows for alike even

@@ -145,7 +145,9 @@ CONTESTS: dict[str, Contest] = {
     "targeted": Contest("cifar10", 50, 2000, named("cgba-h", "cgba"), targeted=True),
     "8-bit-targeted": Contest("cifar10", 50, 2000, named("cgba-h"), levels=256, targeted=True),
     "linf": Contest("cifar10", 50, 2000, named("hop-skip-jump", "rays", "geoda"), norm="linf"),
-    "towards-linf": Contest("cifar10", 50, 2000, named("hop-skip-jump"), norm="linf", targeted=True),
+    "towards-linf": Contest(
+        "cifar10", 50, 2000, named("hop-skip-jump") | {"without the flips": (OURS, {})}, norm="linf", targeted=True
+    ),
     "lite0-linf": Contest("imagenet", 25, 1000, named("rays", "geoda"), norm="linf"),
     "second": Contest("zoo", 50, 2000, named("cgba", "hop-skip-jump"), skip=200),
     "ablation-cifar10": Contest("cifar10", 40, 1000, without("l2"), skip=160),

@@ -4,7 +4,7 @@ At the nearest point the change is a corner of the ball, so what is left to find
 2020; `rays.py`) a row asks whether the change with the signs of a block turned over reaches the goal nearer by. What differs:
 
 - Blocks are rectangles at random places, of one channel or of all: neighbours in the image, not in memory.
-- How much nearer a row is follows from what came of the rows before (`patterns.nearer`), and the rectangle's size from it:
+- How much nearer a row is follows from what came of the rows before (`nearer.py`), and the rectangle's size from it:
   turning over a share a of the change gains at most 2 a.
 
 The climb begins at a step of START and ends at one of FLIPS / d for d dimensions: a label of noise raises cos^2 to the normal
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from robustbox.protocol import Answer, Query, Task
 
-from .patterns import nearer
+from .nearer import nearer
 
 START, FLIPS = 0.05, 50.0
 """How much nearer the first row is, and the last ones are, times the number of dimensions."""

@@ -10,23 +10,22 @@ pattern is worth more than many labels of noise.
 
 `climb` asks the patterns that a family starts with, one a row, until one reaches the goal. Then patterns are set at a share
 `step` nearer than the best: neighbours of the best, of a random scale, and every few rows a new one. What reaches the goal is
-the best and widens the step; what does not narrows it. The climb ends where the step is small.
+the best and widens the step; what does not narrows it (`nearer.py`).
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
-from itertools import count
+from collections.abc import Generator, Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from robustbox.distances import distance
 from robustbox.protocol import Answer, Query, Task
 
+from .nearer import nearer, reached
 from .noise import Drawn
 from .starts import nearest
 
@@ -41,8 +40,6 @@ CUTS = (0.01, 0.25)
 STEP, LEAST = 0.15, 0.7
 """How much nearer a pattern is tried: at first, and at the end LEAST / sqrt(d) for d dimensions. The more dimensions there are,
 the less does a row of noise tell of a normal, and the longer is a climb worth while."""
-WIDER, NARROWER = 1.6, 0.9
-"""What a success and a failure make of the step."""
 SCALES = (0.03, 0.6)
 """How far a neighbour is."""
 
@@ -204,7 +201,7 @@ def climb(task: Task) -> Generator[Query, Answer, Tensor | None]:
     """
     patterns = Wavelets(task) if task.target is None else Pieces(task)
     for best, row in patterns.starts():  # noqa: B007  (where the loop breaks, the climb begins)
-        if (yield from _reached(task, Drawn(row))):
+        if (yield from reached(task, Drawn(row))):
             break
     else:
         return None
@@ -214,49 +211,3 @@ def climb(task: Task) -> Generator[Query, Answer, Tensor | None]:
         return tried, patterns.row(tried, far * (1 - step))
 
     return (yield from nearer(task, propose, best, row, STEP, LEAST / math.sqrt(task.image.numel())))
-
-
-def nearer(
-    task: Task,
-    propose: Callable[[int, Tensor, Tensor, float], tuple[Tensor, Tensor]],
-    best: Tensor,
-    row: Tensor,
-    step: float,
-    least: float,
-) -> Generator[Query, Answer, Tensor]:
-    """The row [1,C,H,W] that a climb ends with, once its step is below `least`.
-
-    Args:
-        propose: from the number of a row, the best pattern, its distance [1] and the step to another pattern and its row,
-            which is nearer by that share.
-        best: a pattern, of which `row` reaches the goal.
-    """
-    tried, far = best, distance(row - task.image, task.norm).float()
-
-    def draw(_: int) -> Tensor:
-        nonlocal tried
-        tried, asked = propose(k, best, far, step)
-        return asked
-
-    def further(_: int) -> Tensor:
-        """After a refusal: go further, and end sooner."""
-        nonlocal step, least
-        least, step = least * WIDER, min(step * WIDER, 0.5)
-        return draw(0)
-
-    for k in count(1):  # noqa: B007  (`draw` reads it)
-        drawn = Drawn(draw(0), further)
-        if (yield from _reached(task, drawn)):
-            best, row, step = tried, drawn.rows, min(step * WIDER, 0.5)
-            far = distance(row - task.image, task.norm).float()
-        else:
-            step *= NARROWER
-            if step < least:
-                break
-    return row
-
-
-def _reached(task: Task, drawn: Drawn) -> Generator[Query, Answer, bool]:
-    """Whether a row reached the goal: twice where it may be answered differently the second time, else luck would climb."""
-    once = task.reached_any((yield drawn.query("init")))
-    return once and (not task.stochastic or task.reached_any((yield Query(drawn.rows, "init"))))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustbox.attacks.flips import AREA, FLIPS, LARGEST, START, flip
-from robustbox.attacks.patterns import NARROWER
+from robustbox.attacks.nearer import NARROWER
 from robustbox.distances import distance
 from tests.attacks.analytic import drive, task
 

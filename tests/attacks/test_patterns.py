@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustbox.attacks.patterns import LEAST, NARROWER, RIVALS, STEP, WIDER, Patterns, Pieces, Wavelets, climb
+from robustbox.attacks.nearer import NARROWER, WIDER
+from robustbox.attacks.patterns import LEAST, RIVALS, STEP, Patterns, Pieces, Wavelets, climb
 from robustbox.attacks.starts import find_start
 from robustbox.attacks.waterfill import Waterfill
 from robustbox.distances import distance

@@ -134,6 +134,8 @@ def without(norm: str) -> dict[str, Side]:
     return options | {idea: (OURS, {}) for idea in REMOVED if idea not in UNUSED[norm]}
 
 
+UNFLIPPED: dict[str, Side] = {"without the flips": (OURS, {})}
+TOWARDS_LINF = named("hop-skip-jump", "sign-flip") | UNFLIPPED
 DCT_2: dict[str, Side] = {"cgba, DCT 2": ("cgba", {"subspace": "dct", "factor": 2})}
 CONTESTS: dict[str, Contest] = {
     "cifar10": Contest("cifar10", 100, 2000, named("cgba", "hop-skip-jump", "tangent", "surfree", "geoda")),
@@ -145,9 +147,9 @@ CONTESTS: dict[str, Contest] = {
     "targeted": Contest("cifar10", 50, 2000, named("cgba-h", "cgba"), targeted=True),
     "8-bit-targeted": Contest("cifar10", 50, 2000, named("cgba-h"), levels=256, targeted=True),
     "linf": Contest("cifar10", 50, 2000, named("hop-skip-jump", "rays", "geoda"), norm="linf"),
-    "towards-linf": Contest(
-        "cifar10", 50, 2000, named("hop-skip-jump") | {"without the flips": (OURS, {})}, norm="linf", targeted=True
-    ),
+    "towards-linf": Contest("cifar10", 50, 2000, TOWARDS_LINF, norm="linf", targeted=True),
+    "rounded-linf": Contest("cifar10", 50, 2000, named("rays", "hop-skip-jump") | UNFLIPPED, norm="linf", levels=256),
+    "rounded-towards-linf": Contest("cifar10", 50, 2000, TOWARDS_LINF, norm="linf", levels=256, targeted=True),
     "lite0-linf": Contest("imagenet", 25, 1000, named("rays", "geoda"), norm="linf"),
     "second": Contest("zoo", 50, 2000, named("cgba", "hop-skip-jump"), skip=200),
     "ablation-cifar10": Contest("cifar10", 40, 1000, without("l2"), skip=160),

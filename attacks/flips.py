@@ -55,9 +55,7 @@ def flip(task: Task, row: Tensor) -> Generator[Query, Answer, Tensor]:
         top, left = down * (1 - tall), right * (1 - wide)
         inside = ((y >= top) & (y < top + tall))[:, None] & (x >= left) & (x < left + wide)
         chosen = (which > 0.5) | (channel == (2 * channels * which).floor())
-        radius = best.abs().max() * (
-            1 - step
-        )  # not the row's, which is a whole number of levels where rows are rounded
+        radius = best.abs().max() * (1 - step)  # not of the row, whose distance is of whole levels where it is rounded
         change = torch.where(inside & chosen, -best, best).clamp(-radius, radius)
         return change, on_levels(task, change, thresholds)[None]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from robustbox.attacks import flips
 from robustbox.attacks.flips import AREA, FLIPS, LARGEST, START, flip
 from robustbox.attacks.nearer import NARROWER
 from robustbox.distances import distance
@@ -16,11 +17,13 @@ from tests.attacks.analytic import drive, task
 FAR = 0.2
 
 
-def test_planted_signs_are_found() -> None:
+@pytest.mark.parametrize(("end_at", "rows"), [(50.0, 500), (FLIPS, 1000)])
+def test_planted_signs_are_found(end_at: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plane whose normal is turned over in 0.45 of the image: the corner of all signs is at a tenth of the distance."""
     image, normal = torch.full((3, 96, 96), 0.5), torch.ones(3, 96, 96)
     normal[..., 53:] = -1
     of = task(image, "linf", budget=2000)
+    monkeypatch.setattr(flips, "FLIPS", end_at)
 
     def label(rows: Tensor) -> Tensor:
         return ((rows - image).mul(normal).mean((1, 2, 3)) > 0.103 * FAR).long()
@@ -30,7 +33,7 @@ def test_planted_signs_are_found() -> None:
     assert int(label(row)) == int(label(end)) == 1
     assert float(distance(end - image, "linf")) < 0.25 * FAR
     assert min(float(distance(q.rows - image, "linf")) for q in asked[:350] if label(q.rows)) < 0.25 * FAR
-    assert len(asked) < 1500
+    assert len(asked) < rows
 
 
 def test_what_is_turned_over_is_a_rectangle_of_one_channel_or_of_all() -> None:
@@ -47,6 +50,8 @@ def test_what_is_turned_over_is_a_rectangle_of_one_channel_or_of_all() -> None:
             assert torch.equal(turned, own[:, None, None] & places)
             channels.add(int(own.sum()))
             low, high = (min(share * (1 - float(radius) / FAR), LARGEST) for share in AREA)
+            if low * places.numel() >= 8:
+                assert 0.7 * low < float(places.double().mean()) < 1.3 * high
             tall, wide = int(places.any(1).sum()), int(places.any(0).sum())  # whole pixels: off by less than one
             assert (tall + 1) * (wide + 1) > low * places.numel()
             assert (tall - 1) * (wide - 1) < high * places.numel()

@@ -33,6 +33,8 @@ PERIODS = (2.0, 8.0)
 """Pixels from crest to crest of a new wavelet: from the finest wave there is to the field of view of few layers."""
 NEAR, FAR, GROWTH = 1 / 64, 0.5, 1.3
 """The first distance of a wavelet and its last one (a pixel: the root mean square in l2, all in linf), and its growth."""
+WAVES = 40
+"""Wavelets tried at that last distance towards a target of which there are no images."""
 RIVALS = 30
 """Images of the target class, the nearest ones, of which pieces are made."""
 CUTS = (0.01, 0.25)
@@ -128,12 +130,14 @@ class Wavelets(Patterns):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self._rates = torch.tensor([1.0, 1.0] + [0.0] * (len(self.usual) - 2), device=self.device)
+        growing = range(math.ceil(math.log(FAR / NEAR, GROWTH)))
+        self._far = [NEAR * GROWTH**k for k in growing] if task.target is None else [FAR] * WAVES
 
     def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
         unit = math.sqrt(self.image.numel()) if self.norm == "l2" else 1.0
-        for k in range(math.ceil(math.log(FAR / NEAR, GROWTH))):
+        for far in self._far:
             wavelet = self.new()
-            yield wavelet, self.row(wavelet, torch.tensor([NEAR * GROWTH**k * unit], device=self.device))
+            yield wavelet, self.row(wavelet, torch.tensor([far * unit], device=self.device))
 
     def new(self) -> Tensor:
         period, turn, phase = self.uniform(3).unbind()
@@ -190,16 +194,19 @@ class Pieces(Patterns):
         return self._pool[0][self._nearest[k : k + 1]].to(self.device)  # one at a time: many searches wait side by side
 
 
-def climb(task: Task) -> Generator[Query, Answer, Tensor | None]:
+def climb(task: Task, family: type[Patterns] | None = None) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], over wavelets or, towards a target, over pieces of the pool's images of it.
 
     None where no start reached it: no wavelet, or no image of the target class, which the attacker may own none of.
 
-    Cost: the starts until one reaches the goal (at most 14 wavelets, `RIVALS` images), 1 row each, and then as many as pay:
-    log(least / STEP) / log(NARROWER) where nothing nearer is found (24 for 3 x 32 x 32). A refused row is drawn again
-    with a step WIDER times as long, and the climb ends at a step as much longer.
+    Args:
+        family: other patterns: wavelets towards a target.
+
+    Cost: the starts until one reaches the goal (at most 14 wavelets, towards a target `WAVES`, or `RIVALS` images), 1 row each,
+    and then as many as pay: log(least / STEP) / log(NARROWER) where nothing nearer is found (24 for 3 x 32 x 32). A refused row
+    is drawn again with a step WIDER times as long, and the climb ends at a step as much longer.
     """
-    patterns = Wavelets(task) if task.target is None else Pieces(task)
+    patterns = (family or (Wavelets if task.target is None else Pieces))(task)
     for best, row in patterns.starts():  # noqa: B007  (where the loop breaks, the climb begins)
         if (yield from reached(task, Drawn(row))):
             break

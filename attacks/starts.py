@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator
 from functools import partial
 
@@ -13,6 +14,9 @@ from robustbox.protocol import Answer, Query, Task
 from .noise import Drawn
 from .subspaces import Sampler, sampler
 
+WAVES = 50
+"""Waves asked for a target class of which no image is at hand."""
+
 
 def find_start(task: Task, patterns: int = 4, rivals: int = 10) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], or None: far from the image, but not needlessly.
@@ -23,12 +27,13 @@ def find_start(task: Task, patterns: int = 4, rivals: int = 10) -> Generator[Que
     - untargeted: the image plus random patterns at amplitudes 1/16, 1/4 and 1 a pixel, each in `patterns` kinds of the
       finest period (2 x 2 pixels, to which networks with strides are weakest), one coarse (8 x 8 cells) and one white;
     - black, white and grey; untargeted also the `rivals` nearest images of other classes in the pool;
-    - the image under white noise of amplitude 1/8, 1/2, 2 and 8 a pixel, four times each; then, at the last of them, where
-      nothing of it is left, nine times four more.
+    - the image under white noise of amplitude 1/8, 1/2, 2 and 8 a pixel, four times each, at the last of which nothing of it
+      is left; untargeted nine times four more of these; targeted, before all noise, `WAVES` waves (`_waves`), ten at a time.
 
     The successes of that stage are shortened towards the image together, four times, and the shortest is returned.
 
-    Cost: at most 3 (patterns + 2) + rivals + 55 rows for the stages, and 4 rows for each success of one stage.
+    Cost: at most 3 (patterns + 2) + rivals + 55 rows for the stages, towards a target rivals + WAVES + 19, and 4 rows for each
+    success of one stage.
     """
     for stage in _starts(task, patterns, rivals):
         reached = task.reached((yield stage.query("init")))
@@ -60,10 +65,9 @@ def _starts(task: Task, patterns: int, rivals: int) -> Iterator[Drawn]:
             yield Drawn(along(amplitude, rays), partial(one_along, amplitude, kinds))
     flat = torch.tensor([0.0, 1.0, 0.5], device=image.device).view(3, 1, 1, 1)
     yield Drawn(flat.repeat(1, channels, height, width))
-    if task.target is None:
-        yield from _pool(task, rivals)
+    yield from _pool(task, rivals) if task.target is None else _waves(task)
     white = noise("full", factor=1)
-    for amplitude in (1 / 8, 1 / 2, 2.0, *[8.0] * 10):
+    for amplitude in (1 / 8, 1 / 2, 2.0, 8.0, *[8.0] * (9 if task.target is None else 0)):
         yield Drawn(along(amplitude, white(4)), partial(one_along, amplitude, [white] * 4))
 
 
@@ -72,6 +76,29 @@ def _pool(task: Task, count: int) -> Iterator[Drawn]:
     chosen = nearest(task, count)
     if task.pool is not None and len(chosen):
         yield Drawn(task.pool[0][chosen].to(task.image.device))
+
+
+def _waves(task: Task) -> Iterator[Drawn]:
+    """Stages of ten rows: grey waves of any direction, on the image and on plain colours by turns.
+
+    From crest to crest they are 2 pixels to the whole image. Networks take white noise for one class or two, whatever its
+    amplitude, and such waves for most (`python scripts/eval_normals.py --starts`).
+    """
+    image, generator = task.image, task.generator
+    channels, *sides = image.shape
+    down, right = (torch.arange(side, dtype=torch.float32, device=image.device) for side in sides)
+
+    def wave(position: int) -> Tensor:
+        period, turn, phase = torch.rand(3, generator=generator, device=generator.device).unbind()
+        rate, turn = torch.pow(2 / min(sides), period) / 2, math.pi * turn
+        cycles = rate * torch.cos(turn) * down[:, None] + rate * torch.sin(turn) * right + phase
+        colour = torch.rand(channels, 1, 1, generator=generator, device=generator.device)
+        return torch.add(colour if position % 2 else image, torch.sin(2 * math.pi * cycles), alpha=0.5).clamp_(0, 1)[
+            None
+        ]
+
+    for _ in range(WAVES // 10):
+        yield Drawn(torch.cat([wave(position) for position in range(10)]), wave)
 
 
 def nearest(task: Task, count: int) -> Tensor:

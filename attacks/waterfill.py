@@ -4,9 +4,9 @@ From the source image x and a boundary point x_b at distance R in direction v, a
 estimates the boundary's normal n from them, and searches the semicircle between x_b and x in the plane of v and the estimate,
 as CGBA does (`cgba.py`). What differs is how few labels it takes:
 
-- **Start.** A climb over the few numbers of a wavelet, or of a piece of a target image (`patterns.py`): where the boundary is
-  far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds. In linf
-  rectangles of what it found are then turned over (`flips.py`), as long as that pays.
+- **Start.** A climb over the few numbers of a wavelet, or of a piece of a target image if one is at hand (`patterns.py`): where
+  the boundary is far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in
+  hundreds. In linf rectangles of what it found are then turned over (`flips.py`), as long as that pays.
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
   (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
   waves are long), are raised where v has its energy, and are learnt (`spectrum.py`).
@@ -29,18 +29,18 @@ that is the corner of the ball, which is best on a plane; where it is small, and
 estimates before have left their traces. Its end tells of n what an arc's does. Noise is 0.15 R a pixel, with no direction left
 out.
 
-Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search. The climb comes first, about 35 rows
-for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal, `starts.find_start` after it), in linf the
-flips, about 70 for 28 pixels, 500 for 32, 870 towards a target and more than 1000 for 224, and one line search. n0 is 20, in l2
-towards a target 6: as far from x as targets are, the boundary turns too soon for long iterations.
+Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search. First comes the climb, about 35 rows
+for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal, `starts.find_start`), in linf the flips, 70
+for 28 pixels, 500 for 32, 870 towards a target and over 1000 for 224, and one line search. n0 is 20, in l2 towards a target 6:
+as far from x as targets are, the boundary turns too soon for long iterations.
 
 With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from the evidence of
 all images of a run, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.
 
 It loses where normals are the contrary of the prior (fine colours, border without middle, the finest frequencies of large
 images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; in linf on large
-images, where normals lead hardly further than flips; and it gains little where the image has few dimensions or thousands of
-queries are spent: then any noise finds the normal.
+images, where normals lead hardly further than flips; and it gains little where dimensions are few or thousands of queries are
+spent: then any noise finds the normal.
 
 The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. Where it is set, at least
 half of the noise's energy is white, and v hints at nothing: a stateful gate (`oars:waterfill`) takes smooth rows for alike even
@@ -69,7 +69,7 @@ from .flips import flip
 from .hop_skip_jump import Lift
 from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob, shrinking
 from .noise import Noise
-from .patterns import climb
+from .patterns import Wavelets, climb
 from .spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
 from .starts import find_start
 
@@ -132,16 +132,17 @@ class Waterfill(Attack):
         knob, lift, number, evidence = radius_knob(task.image), Lift(), spectrum.enter(), Evidence(task.image)
         asked = Asked(spectrum.basis, task.image)
         point, guess = (yield from climb(task)), PRECISION
-        if point is not None and task.norm == "linf":
+        if point is None and task.target is not None:  # of which no image is at hand, or all have been asked
+            point = yield from climb(task, Wavelets)
+        flips = task.norm == "linf" and (point is not None or task.target is not None)
+        if point is None:
+            point, guess = (yield from find_start(task, rivals=10 if task.target is None else 0)), FIRST
+            if point is None:
+                return
+        if flips:
             point = yield from flip(task, point)
-        if point is None:
-            rivals = 10 if task.target is None else 0  # those of the target have all been asked
-            point, guess = (yield from find_start(task, rivals=rivals)), FIRST
-        if point is None:
-            return
         point, _ = yield from inward(task, point, guess, PRECISION)
-        guess, scale, precision = FIRST, 1.0, PRECISION
-        n0 = self.n0 or N0[task.norm][task.target is not None]
+        guess, scale, precision, n0 = FIRST, 1.0, PRECISION, self.n0 or N0[task.norm][task.target is not None]
         for t in count(1):
             point = yield from hold(task, point)
             radius = float(distance(point - task.image, task.norm))
@@ -154,9 +155,8 @@ class Waterfill(Attack):
             tolerance = max(least / radius, precision)
             rows = max(min(int(n0 * math.sqrt(t)), task.remaining - SEARCH), 1)
             evidence.fade(self.memory)
-            hint = None
-            if task.norm == "l2" and knob.value is None:
-                hint = spectrum.hint(point - task.image) ** HINT[task.target is not None]
+            hints = task.norm == "l2" and knob.value is None
+            hint = spectrum.hint(point - task.image) ** HINT[task.target is not None] if hints else None
             prior = spectrum.variances(hint)
             share = yield from _ask(task, point, sigma, rows, prior, evidence, asked, knob, lift)
             precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, PRECISION)

@@ -5,6 +5,7 @@
     python scripts/eval_normals.py --only towards mnist --exact 1 0.3 0.1
     python scripts/eval_normals.py --only cifar10 mnist --along 1000
     python scripts/eval_normals.py --only mnist --white-box 1000 --skip 0 --images 50
+    python scripts/eval_normals.py --only cifar10 mnist --starts
 
 Images are those on which options were chosen. The normals are gradients of the margin at the boundary points that `waterfill`
 reaches with 120 queries, their part along the ray left out; the cosine is the expected one of an estimate from so many signs,
@@ -17,6 +18,8 @@ cosine given, and asks rows for its search alone. It tells what better estimates
 With --along, what 1000 queries (or so many) reach: the median distance R at the start of some iterations, the cosine of the
 ray with the white-box normal, and their product, the distance of the tangent plane: where a boundary is flat, none is nearer.
 With --white-box, that distance over the least one that foolbox's DDN finds (300 steps), quartiles over images.
+With --starts, of how many classes but its own `find_start` finds each image a point without an image of them, and with which
+median of rows; and where its waves give way to as many rows of white noise.
 Distances along patterns are medians over images of the nearest of four, by bisection.
 """
 
@@ -25,7 +28,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +46,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_waterfill import curve, inputs
 
 from robustbox import run_attack
-from robustbox.attacks import patterns, waterfill
+from robustbox.attacks import patterns, starts, waterfill
 from robustbox.attacks import spectrum as spectrum_of
+from robustbox.attacks.noise import Drawn
 from robustbox.attacks.spectrum import K, Spectrum, summed, water_filling
 from robustbox.attacks.subspaces import sampler
 from robustbox.protocol import Answer, Query, Task
@@ -207,6 +211,31 @@ def white_box(data: str, budget: int, count: int | None, skip: int | None) -> No
     )
 
 
+def heavy_noise(task: Task) -> Iterator[Drawn]:
+    """White noise in place of the waves, in stages of ten rows too."""
+    draw = sampler("full", (*task.image.shape,), 1, task.generator)
+    for _ in range(starts.WAVES // 10):
+        yield Drawn((task.image + 8 * draw(10)).clamp(0, 1))
+
+
+def found(data: str, count: int | None) -> None:
+    """Print towards how many classes a start is found without an image of them."""
+    model, images, labels, _ = chosen(data, count)
+    classes = int(model(images[:1]).shape[1])
+    again, turn = images.repeat(classes - 1, 1, 1, 1), torch.arange(1, classes).repeat_interleave(len(images))
+    for name, stage in {"waves": starts._waves, "white noise": heavy_noise}.items():
+        with patch.object(starts, "_waves", stage):
+            own = labels.repeat(classes - 1)
+            towards = (own + turn) % classes
+            result = run_attack(model, again, own, "hop-skip-jump", "l2", budget=100, targets=towards)
+        needed = result.first_success[result.first_success > 0]
+        print(
+            f"{data}, {len(images)} images, {name}: {len(needed)} of {len(again)} starts found, "
+            f"with {median(needed):.0f} rows (median)",
+            flush=True,
+        )
+
+
 def chosen(data: str, count: int | None, skip: int | None = None) -> tuple[nn.Module, Tensor, Tensor, dict[str, Any]]:
     """Model, images, labels and the targets, if any, of a data set, from its first image on or from number `skip`."""
     first, n = CHOSEN[data]
@@ -223,11 +252,17 @@ def main() -> None:
     parser.add_argument("--along", type=int, metavar="QUERIES", help="how near the iterations of a run come")
     parser.add_argument("--white-box", type=int, metavar="QUERIES", help="how near DDN comes, beside so many queries")
     parser.add_argument("--skip", type=int, help="the first image of --white-box")
+    parser.add_argument(
+        "--starts", action="store_true", help="towards how many classes a start is found without their images"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     for data in args.only:
         if args.white_box:
             white_box(data, args.white_box, args.images, args.skip)
+            continue
+        if args.starts:
+            found(data, args.images)
             continue
         if args.along:
             along(data, args.along, args.images)

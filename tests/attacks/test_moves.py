@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from robustbox.attacks import moves
 from robustbox.attacks.moves import bisect_arc, bisect_line, estimate_normal, hold, radius_knob, shrinking
-from robustbox.attacks.starts import find_start
+from robustbox.attacks.starts import WAVES, find_start
 from robustbox.attacks.subspaces import sampler
 from robustbox.protocol import REJECTED, Answer, Query
 from tests.attacks.analytic import Flat, drive, task
@@ -368,3 +369,40 @@ def test_a_change_is_cut_off_at_ever_smaller_balls_and_kept_where_it_is_small() 
         assert torch.allclose(path(share) - image, expected, atol=1e-7)
     dark = shrinking(torch.zeros(1, 2, 2), delta, 0.2)(0.5)
     assert dark.flatten().tolist() == pytest.approx([0.1, 0.0, 0.05, 0.0])  # the box takes the rest
+
+
+def test_a_target_without_images_is_looked_for_with_waves_of_every_length() -> None:
+    """Where only long waves reach the goal, or only short ones; and no more rows than said."""
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(3)) * 0.2
+
+    def crosses(rows: Tensor) -> Tensor:
+        """How often a row's grey crosses its mean, from top to bottom and from left to right."""
+        grey = rows.mean(1)
+        above = (grey > grey.mean((1, 2), keepdim=True)).float()
+        return torch.maximum(above.diff(dim=1).abs().mean((1, 2)), above.diff(dim=2).abs().mean((1, 2)))
+
+    for rule in (lambda rows: crosses(rows) < 0.15, lambda rows: crosses(rows) > 0.65):
+        for seed in range(3):
+            of = task(image, target=1, seed=seed)
+
+            def label(rows: Tensor, rule: Callable[[Tensor], Tensor] = rule) -> Tensor:
+                return (rule(rows) & (rows.flatten(1).std(1) > 0.1)).long()
+
+            start, asked = drive(find_start(of), of, label)
+            assert start is not None
+            assert label(start).item() == 1
+            assert sum(len(query.rows) for query in asked) <= 19 + WAVES + 40
+
+
+def test_a_targeted_start_search_asks_as_many_rows_as_it_says() -> None:
+    of = task(torch.full((3, 8, 8), 0.5), target=1)
+    start, asked = drive(find_start(of), of, lambda rows: torch.zeros(len(rows)).long())
+    assert start is None
+    assert sum(len(query.rows) for query in asked) == 19 + WAVES
+    for query in asked[1:]:
+        assert query.redraw is not None
+        again = query.redraw([len(query.rows) - 1])
+        assert again.shape == (1, 3, 8, 8)
+        assert not torch.equal(again[0], query.rows[-1])
+        assert again.min() >= 0
+        assert again.max() <= 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustbox.attacks.nearer import NARROWER, WIDER
-from robustbox.attacks.patterns import LEAST, RIVALS, STEP, Patterns, Pieces, Wavelets, climb
+from robustbox.attacks.patterns import LEAST, RIVALS, STEP, WAVES, Patterns, Pieces, Wavelets, climb
 from robustbox.attacks.starts import find_start
 from robustbox.attacks.waterfill import Waterfill
 from robustbox.distances import distance
@@ -186,3 +186,23 @@ def test_images_of_the_target_that_the_model_takes_for_others_are_asked_once() -
     rows = torch.cat([query.rows for query in asked])
     assert len(rows) > 12
     assert len(torch.unique(rows, dim=0)) == len(rows)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_towards_a_target_without_images_wavelets_climb_where_they_are_asked_to(norm: Norm) -> None:
+    """A class that begins where fine waves are strong: the first ones are far, the end is near."""
+
+    def label(row: Tensor) -> int:
+        return int((row[:, :, 1:] - row[:, :, :-1]).abs().mean() > 0.02)
+
+    of = task(GREY, norm, budget=2000, target=1)
+    end, asked = drive(climb(of, Wavelets), of, lambda rows: torch.tensor([label(row) for row in rows]))
+    assert end is not None
+    assert label(end[0]) == 1
+    assert float(distance(end - GREY, norm)) < 0.2 * float(distance(asked[0].rows - GREY, norm))
+    nothing, asked = drive(climb(of, Wavelets), of, lambda rows: torch.zeros(len(rows), dtype=torch.long))
+    assert nothing is None
+    assert len(asked) == WAVES
+    assert all(
+        float(distance(query.rows - GREY, norm)) > 0.3 * (1 if norm == "linf" else 16 * 3**0.5) for query in asked
+    )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustbox import run_attack
+from robustbox import load_data, load_model, run_attack
 from robustbox.attacks.blocks import Blocks
 from robustbox.attacks.hop_skip_jump import Lift
 from robustbox.attacks.spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
@@ -19,6 +19,7 @@ from robustbox.attacks.wrapper import relayed
 from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, Norm, Query
+from robustbox.statistics import median
 from tests.attacks.analytic import Flat, check_box, drive, task, unit
 from tests.attacks.table import AWAY, Plane, beyond, images
 
@@ -324,3 +325,16 @@ def test_it_comes_near_under_noise_that_is_mostly_white() -> None:
 def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         Waterfill(**options)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_target_of_which_no_image_is_at_hand_is_come_near_to(norm: Norm) -> None:
+    """Digits towards the next class, with no pool at all, beside an attack that starts from the same `find_start`."""
+    model = load_model("digits-cnn")
+    digits, labels = (part[:12] for part in load_data("digits")[:2])
+    aim = {"targets": (labels + 1) % 10, "budget": 300}
+    ours = run_attack(model, digits, labels, "waterfill", norm, **aim)
+    other = run_attack(model, digits, labels, "hop-skip-jump", norm, **aim)
+    assert not any(ours.errors), ours.errors
+    assert np.isfinite(ours.distance_at(300)).sum() >= 10
+    assert median(ours.distance_at(300)) < 0.9 * median(other.distance_at(300))

@@ -158,25 +158,32 @@ class Wavelets(Patterns):
 class Pieces(Patterns):
     """The difference to an image of the target class without its coarse part: frequencies f are kept to the share
     1 - exp(-(f / cut)^2 / 2). In linf it is cut off at its mean size. A pattern begins with the number of the image, from the
-    nearest on, and log cut."""
+    nearest on, and log cut.
+
+    Args:
+        images: images [n,C,H,W] in place of the pool's that are `nearest`.
+    """
 
     renewal, own = 2, (0.0, 2.0)
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, images: Tensor | None = None) -> None:
         super().__init__(task)
-        self._pool, self._nearest = task.pool, nearest(task, RIVALS)
+        if images is None:
+            self._images, self._chosen = None if task.pool is None else task.pool[0], nearest(task, RIVALS)
+        else:
+            self._images, self._chosen = images, torch.arange(len(images), device=images.device)
         fy, fx = (torch.fft.fftfreq(n, device=self.device) for n in (self.height, self.width))
         self._square = fy.square()[:, None] + fx.square()
 
     def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for k in range(len(self._nearest)):
+        for k in range(len(self._chosen)):
             plain = torch.tensor([k, math.log(CUTS[0])], device=self.device)
             yield torch.cat([plain, self.wide]), self._rival(k)
 
     def new(self) -> Tensor:
         which, cut = self.uniform(2).unbind()
         low, high = CUTS
-        chosen = (which * len(self._nearest)).floor()
+        chosen = (which * len(self._chosen)).floor()
         return torch.cat([torch.stack([chosen, math.log(low) + math.log(high / low) * cut]), self.wide])
 
     def spread(self, pattern: Tensor) -> Tensor:
@@ -190,23 +197,24 @@ class Pieces(Patterns):
         return edges.clamp(-usual, usual) if self.norm == "linf" else edges
 
     def _rival(self, k: int) -> Tensor:
-        assert self._pool is not None  # else there are no starts
-        return self._pool[0][self._nearest[k : k + 1]].to(self.device)  # one at a time: many searches wait side by side
+        assert self._images is not None  # else there are no starts
+        return self._images[self._chosen[k : k + 1]].to(self.device)  # one at a time: many searches wait side by side
 
 
-def climb(task: Task, family: type[Patterns] | None = None) -> Generator[Query, Answer, Tensor | None]:
+def climb(task: Task, patterns: Patterns | None = None) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], over wavelets or, towards a target, over pieces of the pool's images of it.
 
     None where no start reached it: no wavelet, or no image of the target class, which the attacker may own none of.
 
     Args:
-        family: other patterns: wavelets towards a target.
+        patterns: other ones.
 
     Cost: the starts until one reaches the goal (at most 14 wavelets, towards a target `WAVES`, or `RIVALS` images), 1 row each,
     and then as many as pay: log(least / STEP) / log(NARROWER) where nothing nearer is found (24 for 3 x 32 x 32). A refused row
     is drawn again with a step WIDER times as long, and the climb ends at a step as much longer.
     """
-    patterns = (family or (Wavelets if task.target is None else Pieces))(task)
+    if patterns is None:
+        patterns = Wavelets(task) if task.target is None else Pieces(task)
     for best, row in patterns.starts():  # noqa: B007  (where the loop breaks, the climb begins)
         if (yield from reached(task, Drawn(row))):
             break

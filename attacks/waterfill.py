@@ -4,9 +4,9 @@ From the source image x and a boundary point x_b at distance R in direction v, a
 estimates the boundary's normal n from them, and searches the semicircle between x_b and x in the plane of v and the estimate,
 as CGBA does (`cgba.py`). What differs is how few labels it takes:
 
-- **Start.** A climb over the few numbers of a wavelet, or of a piece of a target image if one is at hand (`patterns.py`): where
-  the boundary is far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in
-  hundreds. In linf rectangles of what it found are then turned over (`flips.py`), as long as that pays.
+- **Start.** A climb over the few numbers of a wavelet, or of a piece of a target image (`approach.py`): where the boundary is
+  far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds. In linf
+  rectangles of what it found are then turned over, as long as that pays.
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
   (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
   waves are long), are raised where v has its energy, and are learnt (`spectrum.py`).
@@ -24,10 +24,10 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
 Noise has the length 0.3 R, but at least 1.3 grey levels a pixel where rows are rounded: real boundaries are flat for random
 directions, and long noise forgives a coarse search. One-sided answers halve it.
 
-In linf the arc's place is taken by x + clamp(x_b - x + R n / mean |n|, -r, r) for the estimate n and r < R. Where n is large,
+In linf the arc's place is taken by x + clamp(x_b - x + a R n / mean |n|, -r, r) for the estimate n and r < R. Where n is large,
 that is the corner of the ball, which is best on a plane; where it is small, and its sign a guess, x_b - x stays, in which all
-estimates before have left their traces. Its end tells of n what an arc's does. Noise is 0.15 R a pixel, with no direction left
-out.
+estimates before have left their traces. Its end tells of n what an arc's does. a is 1 at most, and halved where no such point
+reaches the goal. Noise is 0.15 R a pixel, with no direction left out, and where few rows reach the goal shorter, not centred.
 
 Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search. First comes the climb, about 35 rows
 for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal, `starts.find_start`), in linf the flips, 70
@@ -64,14 +64,12 @@ from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, Attack, Knob, Norm, Query, Search, Task
 
 from .apart import Asked
+from .approach import approach
 from .cgba import LEVELS_OF_NOISE, semicircle
-from .flips import flip
 from .hop_skip_jump import Lift
 from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob, shrinking
 from .noise import Noise
-from .patterns import Wavelets, climb
 from .spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
-from .starts import find_start
 
 N0 = {"l2": (20, 6), "linf": (20, 20)}
 """Rows of the first estimate, untargeted and towards a target."""
@@ -87,8 +85,10 @@ HINT = (1 / 3, 1 / 6)
 """The power of what the perturbation hints, untargeted and towards a target."""
 SMOOTH = 0.5
 """The share of the noise's variance that is the attack's own at most, where a wrapper sets its length."""
+BENT, SHORTER = 0.15, {"l2": 2, "linf": 4}
+"""The share of successes in linf below which noise is too long for how the boundary bends; how much shorter it then is made."""
 ADDED = 1.0
-"""What an estimate adds to the perturbation in linf, a mean over pixels, over the distance."""
+"""What an estimate adds to the perturbation in linf at most, a mean over pixels, over the distance."""
 FIRST, SEARCH = 0.6, 8
 """The first angle tried (radians; on a straight line the share of the way), and the rows that a search usually takes."""
 
@@ -131,18 +131,11 @@ class Waterfill(Attack):
     def _search(self, task: Task, spectrum: Spectrum) -> Search:
         knob, lift, number, evidence = radius_knob(task.image), Lift(), spectrum.enter(), Evidence(task.image)
         asked = Asked(spectrum.basis, task.image)
-        point, guess = (yield from climb(task)), PRECISION
-        if point is None and task.target is not None:  # of which no image is at hand, or all have been asked
-            point = yield from climb(task, Wavelets)
-        flips = task.norm == "linf" and (point is not None or task.target is not None)
+        point = yield from approach(task, FIRST, PRECISION)
         if point is None:
-            point, guess = (yield from find_start(task, rivals=10 if task.target is None else 0)), FIRST
-            if point is None:
-                return
-        if flips:
-            point = yield from flip(task, point)
-        point, _ = yield from inward(task, point, guess, PRECISION)
-        guess, scale, precision, n0 = FIRST, 1.0, PRECISION, self.n0 or N0[task.norm][task.target is not None]
+            return
+        guess, scale, added, precision = FIRST, 1.0, ADDED, PRECISION
+        n0 = self.n0 or N0[task.norm][task.target is not None]
         for t in count(1):
             point = yield from hold(task, point)
             radius = float(distance(point - task.image, task.norm))
@@ -155,14 +148,16 @@ class Waterfill(Attack):
             tolerance = max(least / radius, precision)
             rows = max(min(int(n0 * math.sqrt(t)), task.remaining - SEARCH), 1)
             evidence.fade(self.memory)
-            hints = task.norm == "l2" and knob.value is None
-            hint = spectrum.hint(point - task.image) ** HINT[task.target is not None] if hints else None
+            hint = None
+            if task.norm == "l2" and knob.value is None:
+                hint = spectrum.hint(point - task.image) ** HINT[task.target is not None]
             prior = spectrum.variances(hint)
             share = yield from _ask(task, point, sigma, rows, prior, evidence, asked, knob, lift)
             precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, PRECISION)
             if share == 1:  # too deep inside, or on a ridge that noise leaves on both sides
                 point, _ = yield from inward(task, point, PRECISION, precision)
-            scale = max(scale / 2, 1 / 64) if share in (0, 1) else min(scale * 1.5, 1.0)
+            bent = share in (0, 1) or (task.norm == "linf" and share < BENT)
+            scale = max(scale / SHORTER[task.norm], 1 / 64) if bent else min(scale * 1.5, 1.0)
             if not 0 < share < 1:
                 continue
             if self.learn:
@@ -173,9 +168,10 @@ class Waterfill(Attack):
                 path, end = semicircle(task.image, point, normal), math.pi / 2
             else:
                 usual = float(normal.abs().mean().clamp_min(1e-30))
-                moved = torch.add(point - task.image, normal, alpha=ADDED * radius / usual)
+                moved = torch.add(point - task.image, normal, alpha=added * radius / usual)
                 path, end = shrinking(task.image, moved, radius), 1.0
             way, guess = yield from furthest(task, path, guess, end, tolerance)
+            added = min(added * 1.5, ADDED) if way else max(added / 2, ADDED / 64)
             if way:
                 before, point = point, path(way)
                 evidence.rule_out(spectrum.basis.analyse(point - before)[0], prior)

@@ -103,8 +103,8 @@ PRIOR: dict[str, dict[str, Any]] = {
 REMOVED: dict[str, dict[str, Any]] = {
     "without orthogonal noise": {"apart.orthonormal": independent},
     "without water-filling (white noise)": {"waterfill.water_filling": isotropic},
-    "without the climb": {"waterfill.climb": nowhere},
-    "without the flips": {"waterfill.flip": unflipped},
+    "without the climb": {"approach.climb": nowhere},
+    "without the flips": {"approach.flip": unflipped},
     **PRIOR,
     "with a flat prior": {name: value for part in PRIOR.values() for name, value in part.items()},
     "without the perturbation's hint": {"waterfill.HINT": (0.0, 0.0)},
@@ -150,6 +150,7 @@ CONTESTS: dict[str, Contest] = {
     "towards-linf": Contest("cifar10", 50, 2000, TOWARDS_LINF, norm="linf", targeted=True),
     "rounded-linf": Contest("cifar10", 50, 2000, named("rays", "hop-skip-jump") | UNFLIPPED, norm="linf", levels=256),
     "rounded-towards-linf": Contest("cifar10", 50, 2000, TOWARDS_LINF, norm="linf", levels=256, targeted=True),
+    "mnist-towards-linf": Contest("mnist", 50, 1000, TOWARDS_LINF, norm="linf", targeted=True),
     "lite0-linf": Contest("imagenet", 25, 1000, named("rays", "geoda"), norm="linf"),
     "second": Contest("zoo", 50, 2000, named("cgba", "hop-skip-jump"), skip=200),
     "ablation-cifar10": Contest("cifar10", 40, 1000, without("l2"), skip=160),

@@ -196,13 +196,31 @@ def test_towards_a_target_without_images_wavelets_climb_where_they_are_asked_to(
         return int((row[:, :, 1:] - row[:, :, :-1]).abs().mean() > 0.02)
 
     of = task(GREY, norm, budget=2000, target=1)
-    end, asked = drive(climb(of, Wavelets), of, lambda rows: torch.tensor([label(row) for row in rows]))
+    end, asked = drive(climb(of, Wavelets(of)), of, lambda rows: torch.tensor([label(row) for row in rows]))
     assert end is not None
     assert label(end[0]) == 1
     assert float(distance(end - GREY, norm)) < 0.2 * float(distance(asked[0].rows - GREY, norm))
-    nothing, asked = drive(climb(of, Wavelets), of, lambda rows: torch.zeros(len(rows), dtype=torch.long))
+    nothing, asked = drive(climb(of, Wavelets(of)), of, lambda rows: torch.zeros(len(rows), dtype=torch.long))
     assert nothing is None
     assert len(asked) == WAVES
     assert all(
         float(distance(query.rows - GREY, norm)) > 0.3 * (1 if norm == "linf" else 16 * 3**0.5) for query in asked
     )
+
+
+def test_pieces_are_made_of_the_images_that_are_given() -> None:
+    """A class that an edge in the middle makes, towards which only one picture with a far coarse part is known."""
+    picture = torch.full((3, 16, 16), 0.9)
+    picture[:, 6:10, 6:8], picture[:, 6:10, 8:10] = 0.0, 1.0
+
+    def label(row: Tensor) -> int:
+        return int(float((row[:, 6:10, 8] - row[:, 6:10, 7]).mean()) > 0.05)
+
+    of = task(GREY, budget=2000, target=1)
+    end, asked = drive(
+        climb(of, Pieces(of, picture[None])), of, lambda rows: torch.tensor([label(row) for row in rows])
+    )
+    assert torch.equal(asked[0].rows[0], picture)
+    assert end is not None
+    assert label(end[0]) == 1
+    assert float(torch.dist(end[0], GREY)) < 0.1 * float(torch.dist(picture, GREY))

@@ -338,3 +338,37 @@ def test_a_target_of_which_no_image_is_at_hand_is_come_near_to(norm: Norm) -> No
     assert not any(ours.errors), ours.errors
     assert np.isfinite(ours.distance_at(300)).sum() >= 10
     assert median(ours.distance_at(300)) < 0.9 * median(other.distance_at(300))
+
+
+def test_in_linf_a_boundary_that_bends_is_followed() -> None:
+    """Goals are ellipsoids around a target image, whose nearest points lie on the way there, cut off at a least radius.
+
+    Of what the climb leaves to gain, normals are to gain nearly half: noise of the usual length leaves the ellipsoid.
+    """
+    radii, climbs, ends = torch.linspace(0, 1, 10_001)[:, None], [], []
+    for size in (0.3, 0.5):
+        for seed in range(3):
+            draws = torch.rand(3, 1, 12, 12, generator=torch.Generator().manual_seed(seed))
+            image, centre, weights = (
+                0.5 + 0.1 * (draws[0] - 0.5),
+                (draws[1] > 0.5).float(),
+                (2.4 * draws[2] - 1.2).exp(),
+            )
+            within = size * float(((image - centre) * weights).norm())
+
+            def inside(
+                rows: Tensor, centre: Tensor = centre, weights: Tensor = weights, within: float = within
+            ) -> Tensor:
+                near = (((rows - centre) * weights).flatten(1).norm(dim=1) < within).float()
+                return torch.stack([1 - near, near], 1)
+
+            way = (centre - image).flatten()
+            left = (way - torch.minimum(torch.maximum(way, -radii), radii)) * weights.flatten()
+            least = float(radii[left.norm(dim=1).lt(within).nonzero()[0, 0], 0])
+            pool = centre[None], torch.ones(1, dtype=torch.long)
+            result = run_attack(inside, image[None], [0], "waterfill", "linf", budget=1000, targets=[1], pool=pool)
+            assert not any(result.errors), result.errors
+            climbs.append(float(result.distance_at(50)[0]) / least - 1)
+            ends.append(float(result.distance_at(1000)[0]) / least - 1)
+    assert min(ends) > -0.001
+    assert sum(ends) < 0.6 * sum(climbs)

@@ -1,0 +1,61 @@
+"""How near one comes before any normal is estimated: where `waterfill` begins (ours).
+
+A climb over patterns (`patterns.py`), in linf the flips of rectangles (`flips.py`), and a line search. Towards a target that no
+image at hand shows, the climb goes over wavelets, and where none of them reaches the goal, over pieces of whatever does: plain
+colours, waves, noise (`starts.find_start`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from torch import Tensor
+
+from robustbox.protocol import Answer, Query, Task
+
+from .flips import flip
+from .moves import inward
+from .patterns import Pieces, Wavelets, climb
+from .starts import find_start
+
+
+def approach(task: Task, guess: float, precision: float) -> Generator[Query, Answer, Tensor | None]:
+    """A point that reaches the goal [1,C,H,W], just beyond the boundary on the way from the image to it; None if nothing did.
+
+    Flips only follow a climb: from what is found without one normals lead on as fast.
+
+    Args:
+        guess: the share of the way to the image that the line search tries first where no climb came before it.
+        precision: the bracket at which it ends, over the distance; and the guess after a climb.
+
+    Cost: that of `climb`; where it found nothing of `find_start`, towards a target of `imagine`; of `flip` in linf; and of
+    `inward`, 7 to 9 rows.
+    """
+    point = yield from climb(task)
+    if point is None and task.target is not None:
+        point = yield from imagine(task)
+    climbed = point is not None
+    if point is None:
+        point = yield from find_start(task)
+        if point is None:
+            return None
+    if task.norm == "linf" and climbed:
+        point = yield from flip(task, point)
+    point, _ = yield from inward(task, point, precision if climbed else guess, precision)
+    return point
+
+
+def imagine(task: Task) -> Generator[Query, Answer, Tensor]:
+    """A point that reaches a target [1,C,H,W] of which no image is at hand, or all have been asked.
+
+    Cost: `WAVES` of `patterns.py` and 19 + `WAVES` of `starts.py` rows at a time, until one reaches the goal or the budget is
+    spent; then that of a climb.
+    """
+    while True:
+        point = yield from climb(task, Wavelets(task))
+        if point is not None:
+            return point
+        found = yield from find_start(task, rivals=0)
+        if found is not None:
+            point = yield from climb(task, Pieces(task, found))
+            return found if point is None else point

@@ -26,8 +26,9 @@ directions, and long noise forgives a coarse search. One-sided answers halve it.
 
 In linf the arc's place is taken by x + clamp(x_b - x + a R n / mean |n|, -r, r) for the estimate n and r < R. Where n is large,
 that is the corner of the ball, which is best on a plane; where it is small, and its sign a guess, x_b - x stays, in which all
-estimates before have left their traces. Its end tells of n what an arc's does. a is 1 at most, and halved where no such point
-reaches the goal. Noise is 0.15 R a pixel, with no direction left out, and where few rows reach the goal shorter, not centred.
+estimates before have left their traces. Its end tells of n what an arc's does. Noise is 0.15 R a pixel, with no direction left
+out; where few of its rows reach the goal it is not centred but made shorter, and a, at first 1, is halved where no point of the
+path reaches it.
 
 Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search. First comes the climb, about 35 rows
 for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal, `starts.find_start`), in linf the flips, 70
@@ -171,10 +172,11 @@ class Waterfill(Attack):
                 moved = torch.add(point - task.image, normal, alpha=added * radius / usual)
                 path, end = shrinking(task.image, moved, radius), 1.0
             way, guess = yield from furthest(task, path, guess, end, tolerance)
-            added = min(added * 1.5, ADDED) if way else max(added / 2, ADDED / 64)
             if way:
-                before, point = point, path(way)
+                before, point, added = point, path(way), min(added * 1.5, ADDED)
                 evidence.rule_out(spectrum.basis.analyse(point - before)[0], prior)
+            elif scale < 1:
+                added = max(added / 2, ADDED / 64)
 
     @staticmethod
     def _sigma(task: Task, radius: float) -> float:

@@ -111,13 +111,14 @@ REMOVED: dict[str, dict[str, Any]] = {
     "without centring": {"waterfill.Lift.follow": lambda *_: None},
     "without the arc's evidence": {"spectrum.Evidence.rule_out": lambda *_: None},
     "with the ball's corners alone": {"waterfill.ADDED": 1e6},
+    "without shorter noise at bends": {"waterfill.BENT": 0.0, "waterfill.SHORTER": {"l2": 2, "linf": 2}},
     "with short noise (0.05 R)": {"waterfill.NOISE": {"l2": 0.05, "linf": 0.05}},
 }
 """Ideas that are no options: what stands in their place, by module and name in `robustbox.attacks`."""
 
 
 UNUSED = {
-    "l2": ("without the flips", "with the ball's corners alone"),
+    "l2": ("without the flips", "with the ball's corners alone", "without shorter noise at bends"),
     "linf": ("without the perturbation's hint", "without centring"),
 }
 """Ideas that have no part in a norm."""
@@ -135,7 +136,7 @@ def without(norm: str) -> dict[str, Side]:
 
 
 UNFLIPPED: dict[str, Side] = {"without the flips": (OURS, {})}
-TOWARDS_LINF = named("hop-skip-jump", "sign-flip") | UNFLIPPED
+TOWARDS_LINF = named("hop-skip-jump", "sign-flip") | UNFLIPPED | {"without shorter noise at bends": (OURS, {})}
 DCT_2: dict[str, Side] = {"cgba, DCT 2": ("cgba", {"subspace": "dct", "factor": 2})}
 CONTESTS: dict[str, Contest] = {
     "cifar10": Contest("cifar10", 100, 2000, named("cgba", "hop-skip-jump", "tangent", "surfree", "geoda")),

@@ -48,14 +48,16 @@ def approach(task: Task, guess: float, precision: float) -> Generator[Query, Ans
 def imagine(task: Task) -> Generator[Query, Answer, Tensor]:
     """A point that reaches a target [1,C,H,W] of which no image is at hand, or all have been asked.
 
-    Cost: `WAVES` of `patterns.py` and 19 + `WAVES` of `starts.py` rows at a time, until one reaches the goal or the budget is
-    spent; then that of a climb.
+    Cost: `WAVES` of `patterns.py` and 16 + `WAVES` of `starts.py` rows at a time, the first time 3 more, until one reaches the
+    goal or the budget is spent; then that of a climb.
     """
+    plain = True
     while True:
         point = yield from climb(task, Wavelets(task))
         if point is not None:
             return point
-        found = yield from find_start(task, rivals=0)
+        found = yield from find_start(task, rivals=0, plain=plain)
         if found is not None:
             point = yield from climb(task, Pieces(task, found))
             return found if point is None else point
+        plain = False

@@ -18,7 +18,9 @@ WAVES = 50
 """Waves asked for a target class of which no image is at hand."""
 
 
-def find_start(task: Task, patterns: int = 4, rivals: int = 10) -> Generator[Query, Answer, Tensor | None]:
+def find_start(
+    task: Task, patterns: int = 4, rivals: int = 10, plain: bool = True
+) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], or None: far from the image, but not needlessly.
 
     Candidates come in stages, each one query; the first stage with a success ends the search:
@@ -26,7 +28,7 @@ def find_start(task: Task, patterns: int = 4, rivals: int = 10) -> Generator[Que
     - targeted: the `rivals` images of the target class in the pool that are nearest to the image;
     - untargeted: the image plus random patterns at amplitudes 1/16, 1/4 and 1 a pixel, each in `patterns` kinds of the
       finest period (2 x 2 pixels, to which networks with strides are weakest), one coarse (8 x 8 cells) and one white;
-    - black, white and grey; untargeted also the `rivals` nearest images of other classes in the pool;
+    - black, white and grey, if `plain`; untargeted also the `rivals` nearest images of other classes in the pool;
     - the image under white noise of amplitude 1/8, 1/2, 2 and 8 a pixel, four times each, at the last of which nothing of it
       is left; untargeted nine times four more of these; targeted, before all noise, `WAVES` waves (`_waves`), ten at a time.
 
@@ -35,14 +37,14 @@ def find_start(task: Task, patterns: int = 4, rivals: int = 10) -> Generator[Que
     Cost: at most 3 (patterns + 2) + rivals + 55 rows for the stages, towards a target rivals + WAVES + 19, and 4 rows for each
     success of one stage.
     """
-    for stage in _starts(task, patterns, rivals):
+    for stage in _starts(task, patterns, rivals, plain):
         reached = task.reached((yield stage.query("init")))
         if reached.any():
             return (yield from _shortest(task, stage.rows[reached.to(stage.rows.device)]))
     return None
 
 
-def _starts(task: Task, patterns: int, rivals: int) -> Iterator[Drawn]:
+def _starts(task: Task, patterns: int, rivals: int, plain: bool) -> Iterator[Drawn]:
     """The stages of `find_start`."""
     image = task.image
     channels, height, width = image.shape
@@ -63,8 +65,9 @@ def _starts(task: Task, patterns: int, rivals: int) -> Iterator[Drawn]:
         rays = torch.cat([fine(patterns), coarse(1), white(1)])
         for amplitude in (1 / 16, 1 / 4, 1.0):
             yield Drawn(along(amplitude, rays), partial(one_along, amplitude, kinds))
-    flat = torch.tensor([0.0, 1.0, 0.5], device=image.device).view(3, 1, 1, 1)
-    yield Drawn(flat.repeat(1, channels, height, width))
+    if plain:
+        flat = torch.tensor([0.0, 1.0, 0.5], device=image.device).view(3, 1, 1, 1)
+        yield Drawn(flat.repeat(1, channels, height, width))
     yield from _pool(task, rivals) if task.target is None else _waves(task)
     white = noise("full", factor=1)
     for amplitude in (1 / 8, 1 / 2, 2.0, 8.0, *[8.0] * (9 if task.target is None else 0)):

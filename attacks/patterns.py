@@ -130,12 +130,12 @@ class Wavelets(Patterns):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self._rates = torch.tensor([1.0, 1.0] + [0.0] * (len(self.usual) - 2), device=self.device)
-        growing = range(math.ceil(math.log(FAR / NEAR, GROWTH)))
-        self._far = [NEAR * GROWTH**k for k in growing] if task.target is None else [FAR] * WAVES
+        self._targeted = task.target is not None
 
     def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
         unit = math.sqrt(self.image.numel()) if self.norm == "l2" else 1.0
-        for far in self._far:
+        growing = range(math.ceil(math.log(FAR / NEAR, GROWTH)))
+        for far in [FAR] * WAVES if self._targeted else [NEAR * GROWTH**k for k in growing]:
             wavelet = self.new()
             yield wavelet, self.row(wavelet, torch.tensor([far * unit], device=self.device))
 

@@ -96,9 +96,8 @@ def _waves(task: Task) -> Iterator[Drawn]:
         rate, turn = torch.pow(2 / min(sides), period) / 2, math.pi * turn
         cycles = rate * torch.cos(turn) * down[:, None] + rate * torch.sin(turn) * right + phase
         colour = torch.rand(channels, 1, 1, generator=generator, device=generator.device)
-        return torch.add(colour if position % 2 else image, torch.sin(2 * math.pi * cycles), alpha=0.5).clamp_(0, 1)[
-            None
-        ]
+        ground = colour if position % 2 else image
+        return torch.add(ground, torch.sin(2 * math.pi * cycles), alpha=0.5).clamp_(0, 1)[None]
 
     for _ in range(WAVES // 10):
         yield Drawn(torch.cat([wave(position) for position in range(10)]), wave)

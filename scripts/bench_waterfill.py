@@ -151,7 +151,7 @@ CONTESTS: dict[str, Contest] = {
     "towards-linf": Contest("cifar10", 50, 2000, TOWARDS_LINF, norm="linf", targeted=True),
     "rounded-linf": Contest("cifar10", 50, 2000, named("rays", "hop-skip-jump") | UNFLIPPED, norm="linf", levels=256),
     "rounded-towards-linf": Contest("cifar10", 50, 2000, TOWARDS_LINF, norm="linf", levels=256, targeted=True),
-    "mnist-towards-linf": Contest("mnist", 50, 1000, TOWARDS_LINF, norm="linf", targeted=True),
+    "towards-mnist-linf": Contest("mnist", 50, 1000, TOWARDS_LINF, norm="linf", targeted=True),
     "lite0-linf": Contest("imagenet", 25, 1000, named("rays", "geoda"), norm="linf"),
     "second": Contest("zoo", 50, 2000, named("cgba", "hop-skip-jump"), skip=200),
     "ablation-cifar10": Contest("cifar10", 40, 1000, without("l2"), skip=160),

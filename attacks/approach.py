@@ -51,13 +51,13 @@ def imagine(task: Task) -> Generator[Query, Answer, Tensor]:
     Cost: `WAVES` of `patterns.py` and 16 + `WAVES` of `starts.py` rows at a time, the first time 3 more, until one reaches the
     goal or the budget is spent; then that of a climb.
     """
-    plain = True
+    again = False
     while True:
         point = yield from climb(task, Wavelets(task))
         if point is not None:
             return point
-        found = yield from find_start(task, rivals=0, plain=plain)
+        found = yield from find_start(task, rivals=0, again=again)
         if found is not None:
             point = yield from climb(task, Pieces(task, found))
             return found if point is None else point
-        plain = False
+        again = True

@@ -78,9 +78,9 @@ class SignFlip(Attack):
             raise InputError(f"factor must be at least 1, got {self.factor}")
 
     def search(self, task: Task) -> Search:
-        start = None
+        start = yield from find_start(task)
         while start is None:
-            start = yield from find_start(task)
+            start = yield from find_start(task, again=True)
         moves = _Moves(task, start - task.image, self.factor)
         yield from moves.shorten()
         for i in count(1):

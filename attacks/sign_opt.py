@@ -90,9 +90,9 @@ class SignOPT(Attack):
             raise InputError(f"step must be positive, got {self.step}")
 
     def search(self, task: Task) -> Search:
-        point = None
+        point = yield from find_start(task)
         while point is None:
-            point = yield from find_start(task)
+            point = yield from find_start(task, again=True)
         ray = _Ray(task, point - task.image)
         step, beta = self.step, self.beta or BETA[task.norm]
         ray.radius = yield from bisect_arc(task, ray.row, ray.radius, 0.0, ray.tolerance(beta))

@@ -19,7 +19,7 @@ WAVES = 50
 
 
 def find_start(
-    task: Task, patterns: int = 4, rivals: int = 10, plain: bool = True
+    task: Task, patterns: int = 4, rivals: int = 10, again: bool = False
 ) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], or None: far from the image, but not needlessly.
 
@@ -28,16 +28,19 @@ def find_start(
     - targeted: the `rivals` images of the target class in the pool that are nearest to the image;
     - untargeted: the image plus random patterns at amplitudes 1/16, 1/4 and 1 a pixel, each in `patterns` kinds of the
       finest period (2 x 2 pixels, to which networks with strides are weakest), one coarse (8 x 8 cells) and one white;
-    - black, white and grey, if `plain`; untargeted also the `rivals` nearest images of other classes in the pool;
+    - black, white and grey; untargeted also the `rivals` nearest images of other classes in the pool;
     - the image under white noise of amplitude 1/8, 1/2, 2 and 8 a pixel, four times each, at the last of which nothing of it
       is left; untargeted nine times four more of these; targeted, before all noise, `WAVES` waves (`_waves`), ten at a time.
 
     The successes of that stage are shortened towards the image together, four times, and the shortest is returned.
 
+    Args:
+        again: after a search that found nothing: leave out the rows that would be the same, and draw the others anew.
+
     Cost: at most 3 (patterns + 2) + rivals + 55 rows for the stages, towards a target rivals + WAVES + 19, and 4 rows for each
     success of one stage.
     """
-    for stage in _starts(task, patterns, rivals, plain):
+    for stage in _starts(task, patterns, 0 if again else rivals, plain=not again):
         reached = task.reached((yield stage.query("init")))
         if reached.any():
             return (yield from _shortest(task, stage.rows[reached.to(stage.rows.device)]))

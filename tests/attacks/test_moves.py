@@ -406,3 +406,19 @@ def test_a_targeted_start_search_asks_as_many_rows_as_it_says() -> None:
         assert not torch.equal(again[0], query.rows[-1])
         assert again.min() >= 0
         assert again.max() <= 1
+
+
+@pytest.mark.parametrize("target", [None, 1])
+def test_a_start_search_made_again_asks_nothing_that_was_asked(target: int | None) -> None:
+    images = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    of = task(torch.full((3, 8, 8), 0.5), target=target, pool=(images, torch.ones(20).long()))
+
+    def nothing(rows: Tensor) -> Tensor:
+        return torch.zeros(len(rows)).long()
+
+    _, first = drive(find_start(of), of, nothing)
+    start, second = drive(find_start(of, again=True), of, nothing)
+    assert start is None
+    rows = torch.cat([query.rows for query in [*first, *second]])
+    assert len(torch.unique(rows, dim=0)) == len(rows)
+    assert len(torch.cat([query.rows for query in first])) - 13 == len(torch.cat([query.rows for query in second]))

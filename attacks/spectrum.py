@@ -22,6 +22,10 @@ share c_i I_i / (1 + c_i I_i). What is known in all, sum c_i^2 I_i / (1 + c_i I_
 
 water-filling: few queries go to the few coefficients that vary most, many flow into all. `cos ~ sqrt(rho q' / (q' + d))`, for d
 coefficients alike that hold the share rho of the normal, is its simplest case.
+
+Blocks are too short to tell the frequencies of a texture apart. So an estimate is filtered by the spectrum of v over the whole
+image (`filtered_like`), to a small power: most of v is noise of former estimates, and to the power 1/2 it would grow from one
+iteration to the next.
 """
 
 from __future__ import annotations
@@ -43,6 +47,10 @@ FLOOR = 0.5
 """What is added to the ratio of a perturbation's energy to the prior's, so that no coefficient is given up."""
 TRUST = 2.0
 """Precision of the belief that the logarithm of a factor is 0."""
+LAGS = 4.5
+"""Pixels up to which a perturbation's pixels are held to be correlated (a standard deviation)."""
+POWER, REST = 0.25, 0.1
+"""The power of its spectrum that estimates are filtered by, and what is added to the spectrum, over its mean."""
 K = math.sqrt(2 / math.pi)
 
 
@@ -59,6 +67,20 @@ def summed(groups: tuple[Tensor, int], *values: Tensor) -> list[Tensor]:
     """Sums of values [C,H,W] over groups: the number of each coefficient's group [C H W], and how many there are."""
     group, size = groups
     return [each.new_zeros(size).index_add_(0, group, each.flatten()) for each in values]
+
+
+def filtered_like(estimate: Tensor, perturbation: Tensor) -> Tensor:
+    """An estimate of a normal [1,C,H,W], filtered by the power spectrum of a perturbation [1,C,H,W] that is not 0.
+
+    The spectrum is that of all channels together, smoothed to what pixels a few apart have in common.
+    """
+    size = perturbation.shape[-2:]
+    shared = torch.fft.irfft2(torch.fft.rfft2(perturbation).abs().square().mean(1), s=size)
+    down, right = (torch.fft.fftfreq(n, 1 / n, device=perturbation.device) for n in size)
+    near = torch.exp((down.square()[:, None] + right.square()) / (-2 * LAGS**2))
+    spectrum = torch.fft.rfft2(shared / shared[..., :1, :1] * near).real.clamp_min(0)
+    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(estimate) * (spectrum + REST).pow(POWER), s=size)
+    return filtered
 
 
 class Evidence:

@@ -16,13 +16,14 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
   decides the signs, and each tells twice as much of it. Where fewer than a quarter of the rows reach the goal, since the
   boundary bends away, it is centred further out (`Lift`).
 - **Estimator.** Gaussian evidence with its precision, faded by `memory` an iteration; the estimate is the posterior mean, which
-  shrinks what was hardly asked. Noise is taken as it was sent, after clipping to the box. The arc's end tells one thing more:
-  it lies on the boundary as its start does, so the normal has no part along the chord between them.
+  shrinks what was hardly asked, in l2 untargeted filtered by the fourth root of v's power spectrum over the whole image. Noise
+  is taken as it was sent, after clipping to the box. The arc's end tells one thing more: it lies on the boundary as its start
+  does, so the normal has no part along the chord between them.
 - **Search.** The arc is tried at the last angle first; what is left beyond it or before it is halved to 0.01: 7 to 9 rows.
   After answers of which more than 85 % succeed it is made more precise, until the noise sees the boundary again.
 
-Noise has the length 0.3 R, but at least 1.3 grey levels a pixel where rows are rounded: real boundaries are flat for random
-directions, and long noise forgives a coarse search. One-sided answers halve it.
+Noise has the length 0.3 R, at least 1.3 grey levels a pixel where rows are rounded: boundaries are flat for random directions,
+and long noise forgives a coarse search. One-sided answers halve it.
 
 In linf the arc's place is taken by x + clamp(x_b - x + a R n / mean |n|, -r, r) for the estimate n and r < R. Where n is large,
 that is the corner of the ball, which is best on a plane; where it is small, and its sign a guess, x_b - x stays, in which all
@@ -70,7 +71,7 @@ from .cgba import LEVELS_OF_NOISE, semicircle
 from .hop_skip_jump import Lift
 from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob, shrinking
 from .noise import Noise
-from .spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
+from .spectrum import SHUFFLES, Evidence, K, Spectrum, filtered_like, water_filling
 
 N0 = {"l2": (20, 6), "linf": (20, 20)}
 """Rows of the first estimate, untargeted and towards a target."""
@@ -165,6 +166,8 @@ class Waterfill(Attack):
                 spectrum.learn(number, evidence, prior)
                 prior = spectrum.variances(hint)
             normal = spectrum.basis.compose(evidence.mean(prior)[None])
+            if hint is not None and task.target is None:
+                normal = filtered_like(normal, point - task.image)
             if task.norm == "l2":
                 path, end = semicircle(task.image, point, normal), math.pi / 2
             else:

@@ -108,6 +108,7 @@ REMOVED: dict[str, dict[str, Any]] = {
     **PRIOR,
     "with a flat prior": {name: value for part in PRIOR.values() for name, value in part.items()},
     "without the perturbation's hint": {"waterfill.HINT": (0.0, 0.0)},
+    "without the perturbation's filter": {"waterfill.filtered_like": lambda estimate, _: estimate},
     "without centring": {"waterfill.Lift.follow": lambda *_: None},
     "without the arc's evidence": {"spectrum.Evidence.rule_out": lambda *_: None},
     "with the ball's corners alone": {"waterfill.ADDED": 1e6},
@@ -119,7 +120,7 @@ REMOVED: dict[str, dict[str, Any]] = {
 
 UNUSED = {
     "l2": ("without the flips", "with the ball's corners alone", "without shorter noise at bends"),
-    "linf": ("without the perturbation's hint", "without centring"),
+    "linf": ("without the perturbation's hint", "without the perturbation's filter", "without centring"),
 }
 """Ideas that have no part in a norm."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from robustbox import load_data, load_model, run_attack
 from robustbox.attacks.blocks import Blocks
 from robustbox.attacks.hop_skip_jump import Lift
-from robustbox.attacks.spectrum import SHUFFLES, Evidence, K, Spectrum, water_filling
+from robustbox.attacks.spectrum import SHUFFLES, Evidence, K, Spectrum, filtered_like, water_filling
 from robustbox.attacks.waterfill import Waterfill
 from robustbox.attacks.wrapper import relayed
 from robustbox.distances import distance
@@ -148,6 +148,37 @@ def test_a_perturbation_hints_at_its_coefficients_its_bands_and_its_cells() -> N
     assert float(spectrum.variances(hint).sum()) == pytest.approx(1, rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 17, 40)])
+def test_an_estimate_is_nearer_the_normal_where_it_is_filtered_by_its_texture(shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.arange(shape[2]) * 2 * np.pi * 0.3
+
+    def texture() -> Tensor:  # waves of one frequency, in every row of any size and phase
+        size, phase = torch.randn(2, *shape[:2], 1, generator=generator)
+        return one((size * torch.sin(shift + phase))[None])
+
+    def one(image: Tensor) -> Tensor:
+        return image / image.norm()
+
+    def white() -> Tensor:
+        return one(torch.randn(1, *shape, generator=generator))
+
+    normal = texture()
+    estimate, perturbation = normal + 2 * white(), texture() + white()
+    filtered = filtered_like(estimate, perturbation)
+    assert filtered.shape == estimate.shape
+    assert float((one(filtered) * normal).sum()) > 1.1 * float((one(estimate) * normal).sum())
+    assert torch.allclose(filtered_like(estimate, 1e-3 * perturbation), filtered, atol=1e-5)
+
+
+def test_a_perturbation_of_one_pixel_filters_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    estimate, point = torch.randn(1, 3, 16, 16, generator=generator), torch.zeros(1, 3, 16, 16)
+    point[0, 1, 5, 9] = 0.5  # all frequencies alike
+    filtered = filtered_like(estimate, point)
+    assert torch.allclose(filtered / filtered.norm(), estimate / estimate.norm(), atol=1e-5)
+
+
 def test_a_chord_is_ruled_out() -> None:
     evidence, prior = Evidence(torch.zeros(3, 4, 4)), torch.full((3, 4, 4), 1 / 48)
     noise = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.5
@@ -251,6 +282,19 @@ def test_the_perturbation_hints_at_normals_in_l2_alone(norm: str, monkeypatch: p
     hinted = distances()
     monkeypatch.setattr("robustbox.attacks.waterfill.HINT", (0.0, 0.0))
     assert torch.equal(hinted, distances()) == (norm == "linf")
+
+
+@pytest.mark.parametrize(("norm", "targets"), [("l2", None), ("l2", [1]), ("linf", None)])
+def test_estimates_are_filtered_in_l2_untargeted_alone(
+    norm: Norm, targets: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def distances() -> Tensor:
+        run = run_attack(Plane(), images(1), [0], "waterfill", norm, targets=targets, budget=150)
+        return torch.tensor(run.distance_at(150))
+
+    filtered = distances()
+    monkeypatch.setattr("robustbox.attacks.waterfill.filtered_like", lambda estimate, _: estimate)
+    assert torch.equal(filtered, distances()) == (norm == "linf" or targets is not None)
 
 
 def transcript(n: int, share: bool) -> Tensor:

@@ -28,8 +28,7 @@ and long noise forgives a coarse search. One-sided answers halve it.
 In linf the arc's place is taken by x + clamp(x_b - x + a R n / mean |n|, -r, r) for the estimate n and r < R. Where n is large,
 that is the corner of the ball, which is best on a plane; where it is small, and its sign a guess, x_b - x stays, in which all
 estimates before have left their traces. Its end tells of n what an arc's does. Noise is 0.15 R a pixel, with no direction left
-out; where few of its rows reach the goal it is not centred but made shorter, and a, at first 1, is halved where no point of the
-path reaches it.
+out; where few of its rows reach the goal it is made shorter, not centred, and a, at first 1, is halved where the path fails.
 
 Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search. First comes the climb, about 35 rows
 for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal, `starts.find_start`), in linf the flips, 70

@@ -40,13 +40,11 @@ all images of a run, in their order. An attack wrapped by another one (`oars:wat
 
 It loses where normals are the contrary of the prior (fine colours, border without middle, the finest frequencies of large
 images) and few queries are spent; where the boundary turns fast against R, since evidence is then stale; in linf on large
-images, where normals lead hardly further than flips; and it gains little where dimensions are few or thousands of queries are
-spent: then any noise finds the normal.
+images, where normals lead hardly further than flips; and it gains little in few dimensions or after thousands of queries.
 
 The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. Where it is set, at least
 half of the noise's energy is white, and v hints at nothing: a stateful gate (`oars:waterfill`) takes smooth rows for alike even
-far apart, and white noise moves a point little along the normal. Where answers are stochastic, every iteration first asks x_b
-again and steps outward while it fails (`moves.hold`).
+far apart, and white noise moves a point little along the normal. Where answers are stochastic, x_b is asked again first.
 """
 
 from __future__ import annotations
@@ -90,6 +88,8 @@ BENT, SHORTER = 0.15, {"l2": 2, "linf": 4}
 """The share of successes in linf below which noise is too long for how the boundary bends; how much shorter it then is made."""
 ADDED = 1.0
 """What an estimate adds to the perturbation in linf at most, a mean over pixels, over the distance."""
+NEAREST = 1e-15
+"""The distance at which a search ends: far below it the squares of float32 are 0."""
 FIRST, SEARCH = 0.6, 8
 """The first angle tried (radians; on a straight line the share of the way), and the rows that a search usually takes."""
 
@@ -140,7 +140,7 @@ class Waterfill(Attack):
         for t in count(1):
             point = yield from hold(task, point)
             radius = float(distance(point - task.image, task.norm))
-            if radius == 0:
+            if radius < NEAREST:
                 return
             sigma = self._sigma(task, radius) * scale
             least = sigma / 2 if task.levels else 0.0

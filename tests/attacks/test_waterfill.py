@@ -372,6 +372,18 @@ def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_boundary_through_a_black_image_is_come_as_near_to_as_numbers_tell(norm: Norm) -> None:
+    """Nothing stops a search there but the smallest number, and squares are 0 long before."""
+
+    def classes(rows: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot((rows > 0).flatten(1).any(1).long(), 2).float()
+
+    run = run_attack(classes, torch.zeros(1, 3, 8, 8), [0], "waterfill", norm, budget=400)
+    assert run.errors == [None]
+    assert 0 < run.distance_at(400)[0] < 1e-9
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_a_target_of_which_no_image_is_at_hand_is_come_near_to(norm: Norm) -> None:
     """Digits towards the next class, with no pool at all, beside an attack that starts from the same `find_start`."""
     model = load_model("digits-cnn")

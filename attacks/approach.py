@@ -1,6 +1,7 @@
 """How near one comes before any normal is estimated: where `waterfill` begins (ours).
 
-A climb over patterns (`patterns.py`), in linf the flips of rectangles (`flips.py`), and a line search. Towards a target that no
+A climb over patterns (`patterns.py`), in linf the flips of rectangles (`flips.py`), and a line search. In linf untargeted the
+climb is raced (`race.py`) with RayS (`rays.py`), which then takes its place and that of the flips. Towards a target that no
 image at hand shows, the climb goes over wavelets, and where none of them reaches the goal, over pieces of whatever does: plain
 colours, waves, noise (`starts.find_start`).
 """
@@ -16,6 +17,8 @@ from robustbox.protocol import Answer, Query, Task
 from .flips import flip
 from .moves import inward
 from .patterns import Pieces, Wavelets, climb
+from .race import race
+from .rays import RayS, turn_over
 from .starts import find_start
 
 
@@ -31,7 +34,13 @@ def approach(task: Task, guess: float, precision: float) -> Generator[Query, Ans
     Cost: that of `climb`; where it found nothing of `find_start`, towards a target of `imagine`; of `flip` in linf; and of
     `inward`, 7 to 9 rows.
     """
-    point = yield from climb(task)
+    flips = task.norm == "linf"
+    if flips and task.target is None:
+        first = yield from race(task, [climb(task), turn_over(task, RayS.tolerance, once=True)])
+        number, point = first or (0, None)
+        flips = number == 0
+    else:
+        point = yield from climb(task)
     if point is None and task.target is not None:
         point = yield from imagine(task)
     climbed = point is not None
@@ -39,7 +48,7 @@ def approach(task: Task, guess: float, precision: float) -> Generator[Query, Ans
         point = yield from find_start(task)
         if point is None:
             return None
-    if task.norm == "linf" and climbed:
+    if flips and climbed:
         point = yield from flip(task, point)
     point, _ = yield from inward(task, point, precision if climbed else guess, precision)
     return point

@@ -74,19 +74,35 @@ class RayS(Attack):
             raise InputError(f"tolerance must be between 0 and 1, got {self.tolerance}")
 
     def search(self, task: Task) -> Search:
-        ray = _Ray(task)
-        size = task.image.numel()
-        for stage in count():
-            length = math.ceil(size / 2 ** min(stage, 60))
-            for start in range(0, size, length):
-                if ray.found:
-                    yield from ray.hold()
-                tolerance = max(self.tolerance * ray.radius * length / size, LEAST)
-                if tolerance > ray.radius:
-                    return  # nothing is left to gain
-                answer = yield ray.propose(start, length, ray.radius - tolerance)
-                if task.reached_any(answer):
-                    yield from ray.accept(tolerance)
+        yield from turn_over(task, self.tolerance)
+
+
+def turn_over(task: Task, share: float, once: bool = False) -> Generator[Query, Answer, Tensor]:
+    """The search of `RayS`: flip the signs of ever smaller blocks.
+
+    Args:
+        share: its `tolerance`.
+        once: end when single values were turned over once; else they are again and again.
+
+    Returns:
+        The nearest point found [1,C,H,W], when nothing is left to gain.
+    """
+    ray = _Ray(task)
+    size = task.image.numel()
+    for stage in count():
+        length = math.ceil(size / 2 ** min(stage, 60))
+        for start in range(0, size, length):
+            if ray.found:
+                yield from ray.hold()
+            tolerance = max(share * ray.radius * length / size, LEAST)
+            if tolerance > ray.radius:
+                return ray.row(ray.radius)  # nothing is left to gain
+            answer = yield ray.propose(start, length, ray.radius - tolerance)
+            if task.reached_any(answer):
+                yield from ray.accept(tolerance)
+        if once and ray.found and length == 1:
+            break
+    return ray.row(ray.radius)
 
 
 class _Ray:

@@ -46,6 +46,7 @@ from bench_bayes import MnistNet
 from bench_cgba import reference
 
 from robustbox import load_data, load_model, run_attack
+from robustbox.attacks.race import Start
 from robustbox.models.networks import CifarResNet
 from robustbox.protocol import Answer, Query, Task
 from robustbox.statistics import median
@@ -91,6 +92,12 @@ def unflipped(task: Task, row: Tensor) -> Generator[Query, Answer, Tensor]:
     return row
 
 
+def unraced(_: Task, starts: Sequence[Start]) -> Generator[Query, Answer, tuple[int, Tensor] | None]:
+    """The first of the searches, in place of `race`."""
+    point = yield from starts[0]
+    return None if point is None else (0, point)
+
+
 def independent(drawn: Tensor, kept: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Rows that know nothing of one another, in place of `orthonormal`."""
     return drawn / drawn.shape[1] ** 0.5, kept
@@ -105,6 +112,7 @@ REMOVED: dict[str, dict[str, Any]] = {
     "without water-filling (white noise)": {"waterfill.water_filling": isotropic},
     "without the climb": {"approach.climb": nowhere},
     "without the flips": {"approach.flip": unflipped},
+    "without the race": {"approach.race": unraced},
     **PRIOR,
     "with a flat prior": {name: value for part in PRIOR.values() for name, value in part.items()},
     "without the perturbation's hint": {"waterfill.HINT": (0.0, 0.0)},
@@ -119,7 +127,7 @@ REMOVED: dict[str, dict[str, Any]] = {
 
 
 UNUSED = {
-    "l2": ("without the flips", "with the ball's corners alone", "without shorter noise at bends"),
+    "l2": ("without the flips", "without the race", "with the ball's corners alone", "without shorter noise at bends"),
     "linf": ("without the perturbation's hint", "without the perturbation's filter", "without centring"),
 }
 """Ideas that have no part in a norm."""
@@ -136,8 +144,9 @@ def without(norm: str) -> dict[str, Side]:
     return options | {idea: (OURS, {}) for idea in REMOVED if idea not in UNUSED[norm]}
 
 
-UNFLIPPED: dict[str, Side] = {"without the flips": (OURS, {})}
-TOWARDS_LINF = named("hop-skip-jump", "sign-flip") | UNFLIPPED | {"without shorter noise at bends": (OURS, {})}
+STARTS: dict[str, Side] = {"without the flips": (OURS, {}), "without the race": (OURS, {})}
+FLIPPED: dict[str, Side] = {"without the flips": (OURS, {}), "without shorter noise at bends": (OURS, {})}
+TOWARDS_LINF = named("hop-skip-jump", "sign-flip") | FLIPPED
 DCT_2: dict[str, Side] = {"cgba, DCT 2": ("cgba", {"subspace": "dct", "factor": 2})}
 CONTESTS: dict[str, Contest] = {
     "cifar10": Contest("cifar10", 100, 2000, named("cgba", "hop-skip-jump", "tangent", "surfree", "geoda")),
@@ -149,8 +158,10 @@ CONTESTS: dict[str, Contest] = {
     "targeted": Contest("cifar10", 50, 2000, named("cgba-h", "cgba"), targeted=True),
     "8-bit-targeted": Contest("cifar10", 50, 2000, named("cgba-h"), levels=256, targeted=True),
     "linf": Contest("cifar10", 50, 2000, named("hop-skip-jump", "rays", "geoda"), norm="linf"),
+    "linf-mnist": Contest("mnist", 50, 1000, named("hop-skip-jump", "rays") | STARTS, norm="linf"),
+    "linf-second": Contest("zoo", 50, 2000, named("hop-skip-jump", "rays") | STARTS, skip=200, norm="linf"),
     "towards-linf": Contest("cifar10", 50, 2000, TOWARDS_LINF, norm="linf", targeted=True),
-    "rounded-linf": Contest("cifar10", 50, 2000, named("rays", "hop-skip-jump") | UNFLIPPED, norm="linf", levels=256),
+    "rounded-linf": Contest("cifar10", 50, 2000, named("rays", "hop-skip-jump") | STARTS, norm="linf", levels=256),
     "rounded-towards-linf": Contest("cifar10", 50, 2000, TOWARDS_LINF, norm="linf", levels=256, targeted=True),
     "towards-mnist-linf": Contest("mnist", 50, 1000, TOWARDS_LINF, norm="linf", targeted=True),
     "lite0-linf": Contest("imagenet", 25, 1000, named("rays", "geoda"), norm="linf"),

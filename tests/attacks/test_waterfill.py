@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from robustbox import load_data, load_model, run_attack
+from robustbox.attacks import approach
 from robustbox.attacks.blocks import Blocks
 from robustbox.attacks.hop_skip_jump import Lift
+from robustbox.attacks.race import Start
 from robustbox.attacks.spectrum import SHUFFLES, Evidence, K, Spectrum, filtered_like, water_filling
 from robustbox.attacks.waterfill import Waterfill
 from robustbox.attacks.wrapper import relayed
 from robustbox.distances import distance
 from robustbox.errors import InputError
-from robustbox.protocol import Answer, Norm, Query
+from robustbox.protocol import Answer, Norm, Query, Task
 from robustbox.statistics import median
 from tests.attacks.analytic import Flat, check_box, drive, task, unit
 from tests.attacks.table import AWAY, Plane, beyond, images
@@ -193,7 +195,10 @@ def test_a_chord_is_ruled_out() -> None:
 def test_what_a_chord_rules_out_lies_along_the_boundary_also_at_the_border_of_the_box(
     norm: Norm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Black images and a plane: what is clipped away turns an arc's tangent out of the boundary, but not its chord."""
+    """Black images and a plane: what is clipped away turns an arc's tangent out of the boundary, but not its chord.
+
+    In linf without the race: RayS ends in the plane's nearest corner, and leaves nothing to estimate.
+    """
     normal, along = unit((3, 8, 8), seed=1), []
     kept = Evidence.rule_out
 
@@ -206,7 +211,12 @@ def test_what_a_chord_rules_out_lies_along_the_boundary_also_at_the_border_of_th
         beyond = (rows.flatten(1) @ normal.flatten() > 0.5).float()
         return torch.stack([1 - beyond, beyond], 1)
 
+    def unraced(task: Task, starts: Sequence[Start]) -> Generator[Query, Answer, tuple[int, Tensor] | None]:
+        point = yield from starts[0]
+        return None if point is None else (0, point)
+
     monkeypatch.setattr(Evidence, "rule_out", rule_out)
+    monkeypatch.setattr(approach, "race", unraced)
     result = run_attack(plane, torch.zeros(4, 3, 8, 8), [0] * 4, "waterfill", norm, budget=400)
     assert not any(result.errors), result.errors
     assert len(along) > 20

@@ -6,7 +6,7 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
 
 - **Start.** A climb over the few numbers of a wavelet, or of a piece of a target image (`approach.py`): where the boundary is
   far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds. In linf
-  rectangles of what it found are then turned over, as long as that pays.
+  rectangles of it are then turned over while that pays; untargeted, RayS replaces both if nearer after 30 rows (`race.py`).
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
   (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
   waves are long), are raised where v has its energy, and are learnt (`spectrum.py`).
@@ -30,10 +30,10 @@ that is the corner of the ball, which is best on a plane; where it is small, and
 estimates before have left their traces. Its end tells of n what an arc's does. Noise is 0.15 R a pixel, with no direction left
 out; where few of its rows reach the goal it is made shorter, not centred, and a, at first 1, is halved where the path fails.
 
-Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search. First comes the climb, about 35 rows
-for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal, `starts.find_start`), in linf the flips, 70
-for 28 pixels, 500 for 32, 870 towards a target and over 1000 for 224, and one line search. n0 is 20, in l2 towards a target 6:
-as far from x as targets are, the boundary turns too soon for long iterations.
+Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search; n0 is 20, in l2 towards a target 6,
+where the boundary turns sooner. First comes the climb, about 35 rows for images of 8 pixels, 75 of 32 and 180 of 224 (where no
+pattern reaches the goal, `starts.find_start`), in linf the flips, 70, 500 (870 towards a target) and over 1000, or RayS, over 2
+rows a value, and 30 rows of what lost to it; and one line search.
 
 With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from the evidence of
 all images of a run, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.

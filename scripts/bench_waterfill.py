@@ -24,7 +24,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -217,6 +217,15 @@ def first(
     return images[:n], labels[:n], (images[n : n + 500], labels[n : n + 500])
 
 
+@contextmanager
+def removed(side: str) -> Generator[None, None, None]:
+    """While the idea that a side lacks is replaced; nothing for sides that lack none."""
+    with ExitStack() as patches:
+        for target, value in REMOVED.get(side, {}).items():
+            patches.enter_context(patch(f"robustbox.attacks.{target}", value))
+        yield
+
+
 def measure(contest: Contest, side: Side, args: argparse.Namespace) -> dict[str, Any]:
     """One side's run, as plain JSON values."""
     model, images, labels, pool = inputs(contest.data, contest.skip, args.images or contest.images)
@@ -343,9 +352,7 @@ def main() -> None:
             wanted = not args.markdown and (not args.sides or side in args.sides)
             if wanted and not file.exists() and (side in contest.sides or args.reference):
                 print(f"{name}: {side}", file=sys.stderr, flush=True)
-                with ExitStack() as patches:
-                    for target, value in REMOVED.get(side, {}).items():
-                        patches.enter_context(patch(f"robustbox.attacks.{target}", value))
+                with removed(side):
                     ours = side in contest.sides
                     run = measure(contest, contest.sides[side], args) if ours else authors(contest, args)
                 folder.mkdir(parents=True, exist_ok=True)

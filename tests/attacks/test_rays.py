@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustbox import run_attack
-from robustbox.attacks.rays import RayS, descend, dither, on_levels, within
+from robustbox.attacks.rays import RayS, descend, dither, on_levels, turn_over, within
 from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import REJECTED, Answer, Query
@@ -43,6 +43,21 @@ def test_blocks_are_halved_from_stage_to_stage_and_single_values_are_repeated() 
     up = [[k for k in range(6) if query.rows.flatten()[k] > 0.5] for query in asked if query.kind == "step"]
     singles = [[k] for k in range(6)]
     assert up[:18] == [[], [0, 1, 2], [3, 4, 5], [0, 1], [2, 3], [4, 5], *singles, *singles]
+
+
+def test_asked_once_it_ends_after_the_stage_of_single_values() -> None:
+    """The same rows, and of single values one pass; what it returns is the row it had found."""
+
+    def black(rows: Tensor) -> Tensor:
+        return (rows.flatten(1) < 0.1).all(dim=1).long()
+
+    of = task(torch.full((1, 2, 3), 0.5), norm="linf", budget=200)
+    point, asked = drive(turn_over(of, RayS.tolerance, once=True), of, black)
+    up = [[k for k in range(6) if query.rows.flatten()[k] > 0.5] for query in asked if query.kind == "step"]
+    assert up == [[], [0, 1, 2], [3, 4, 5], [0, 1], [2, 3], [4, 5], *([k] for k in range(6))]
+    assert point is not None
+    assert bool(black(point))
+    assert point.shape == (1, 1, 2, 3)
 
 
 def test_where_no_flip_reaches_the_goal_signs_of_blocks_are_drawn() -> None:

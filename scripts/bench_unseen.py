@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from robustbox import run_attack
 from robustbox.statistics import median
 
-DATA = Path(__file__).resolve().parents[1] / "../shared/data"
+DATA = Path(os.environ.get("ROBUSTBOX_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
 APART = 1500
 """Images before this one are attacked, the others trained on."""
 HELD_OUT = ("mixer", "lenet")

@@ -166,6 +166,7 @@ CONTESTS: dict[str, Contest] = {
     "towards-mnist-linf": Contest("mnist", 50, 1000, TOWARDS_LINF, norm="linf", targeted=True),
     "lite0-linf": Contest("imagenet", 25, 1000, named("rays", "geoda"), norm="linf"),
     "second": Contest("zoo", 50, 2000, named("cgba", "hop-skip-jump"), skip=200),
+    "second-mnist": Contest("mnist", 200, 1000, named("hop-skip-jump") | DCT_2, skip=300),
     "ablation-cifar10": Contest("cifar10", 40, 1000, without("l2"), skip=160),
     "ablation-mnist": Contest("mnist", 50, 1000, without("l2"), skip=160),
     "ablation-digits": Contest("digits", 100, 500, without("l2")),

@@ -25,20 +25,19 @@ from .starts import find_start
 def approach(task: Task, guess: float, precision: float) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], just beyond the boundary on the way from the image to it; None if nothing did.
 
-    Flips only follow a climb: from what is found without one normals lead on as fast.
+    Flips only follow a climb: from what is found without one normals lead on as fast, and RayS has flipped every value.
 
     Args:
         guess: the share of the way to the image that the line search tries first where no climb came before it.
         precision: the bracket at which it ends, over the distance; and the guess after a climb.
 
-    Cost: that of `climb`; where it found nothing of `find_start`, towards a target of `imagine`; of `flip` in linf; and of
-    `inward`, 7 to 9 rows.
+    Cost: that of `climb`, in linf untargeted of `race` in its place; where it found nothing of `find_start`, towards a target
+    of `imagine`; of `flip` in linf, unless RayS won; and of `inward`, 7 to 9 rows.
     """
     flips = task.norm == "linf"
     if flips and task.target is None:
-        first = yield from race(task, [climb(task), turn_over(task, RayS.tolerance, once=True)])
-        number, point = first or (0, None)
-        flips = number == 0
+        ahead, point = (yield from race(task, [climb(task), turn_over(task, RayS.tolerance, once=True)])) or (0, None)
+        flips = ahead == 0
     else:
         point = yield from climb(task)
     if point is None and task.target is not None:

@@ -7,13 +7,16 @@ Thirty rows of each tell which of two is ahead after sixty, on nine images in te
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from robustbox.distances import distance
 from robustbox.protocol import Answer, Query, Task
+
+from .noise import Drawn
 
 Start = Generator[Query, Answer, Tensor | None]
 """A search that returns a point that reaches the goal [1,C,H,W], or None where it found none."""
@@ -47,36 +50,51 @@ def race(task: Task, starts: Sequence[Start]) -> Generator[Query, Answer, tuple[
     winner = min(runners, key=lambda runner: runner.far)
     if winner.far == math.inf:
         return None
-    yield from winner.go(math.inf)
-    return None if winner.point is None else (winner.number, winner.point)
+    point = yield from winner.finish()
+    return None if point is None else (winner.number, point)
 
 
 class _Runner:
-    """A search that is asked in parts.
+    """A search that is asked in parts. Its knobs are left out, for they are not the attack's.
 
     Attributes:
-        far: the distance of its nearest row that reached the goal; inf before any did.
-        point: what it returned, once it ended.
+        far: the distance of its nearest row that reached the goal in the race; inf before any did.
     """
 
     def __init__(self, task: Task, number: int, start: Start) -> None:
         self.number, self.far = number, math.inf
-        self.point: Tensor | None = None
         self._task, self._start, self._asked = task, start, 0
         self._answer: Answer | None = None
+        self._point: Tensor | None = None
         self._ended = False
 
-    def go(self, rows: float) -> Generator[Query, Answer, None]:
-        """Go on until so many rows were asked in all, or it ends; its knobs are left out, for they are not the attack's."""
-        while not self._ended and self._asked < rows:
-            try:
-                query = next(self._start) if self._answer is None else self._start.send(self._answer)
-            except StopIteration as end:
-                self.point, self._ended = end.value, True
-                return
-            self._answer = answer = yield replace(query, knobs=())
-            self._asked += len(query.rows)
+    def go(self, rows: int) -> Generator[Query, Answer, None]:
+        """Go on until so many rows were asked in all, or it ends."""
+        while self._asked < rows and (query := self._next()):
+            drawn = Drawn(query.rows, partial(_one, query.redraw) if query.redraw else None)
+            self._answer = answer = yield drawn.query(query.kind)
+            self._asked += len(drawn.rows)
             reached = self._task.reached(answer)
             if reached.any():
-                rows_there = query.rows[reached.to(query.rows.device)]
-                self.far = min(self.far, float(distance(rows_there - self._task.image, self._task.norm).min()))
+                there = drawn.rows[reached.to(drawn.rows.device)]
+                self.far = min(self.far, float(distance(there - self._task.image, self._task.norm).min()))
+
+    def finish(self) -> Generator[Query, Answer, Tensor | None]:
+        """Go on to its end, and return what it returns."""
+        while query := self._next():
+            self._answer = yield replace(query, knobs=())
+        return self._point
+
+    def _next(self) -> Query | None:
+        """Its next query; None once it ended."""
+        if not self._ended:
+            try:
+                return next(self._start) if self._answer is None else self._start.send(self._answer)
+            except StopIteration as end:
+                self._point, self._ended = end.value, True
+        return None
+
+
+def _one(redraw: Callable[[list[int]], Tensor], position: int) -> Tensor:
+    """One row of a query drawn again, [1,C,H,W]."""
+    return redraw([position])

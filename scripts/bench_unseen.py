@@ -14,30 +14,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_waterfill import MARKS, OURS, Side, curve, first, paired, removed
+from bench_waterfill import DCT_2, MARKS, OURS, Side, curve, first, paired, removed
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from train_cifar10 import data_folder
 
 from robustbox import run_attack
 from robustbox.statistics import median
 
-DATA = Path(os.environ.get("ROBUSTBOX_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
 APART = 1500
 """Images before this one are attacked, the others trained on."""
 HELD_OUT = ("mixer", "lenet")
-DCT_2: Side = ("cgba", {"subspace": "dct", "factor": 2})
 SIDES: dict[str, dict[str, Side]] = {
-    "l2": {name: (name, {}) for name in (OURS, "cgba", "hop-skip-jump")} | {"cgba, DCT 2": DCT_2},
+    "l2": {name: (name, {}) for name in (OURS, "cgba", "hop-skip-jump")} | DCT_2,
     "linf": {name: (name, {}) for name in (OURS, "rays", "hop-skip-jump")} | {"without the race": (OURS, {})},
 }
 
@@ -149,7 +147,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, radius: float, steps
 def inputs(name: str, out: Path, n: int) -> tuple[nn.Module, Tensor, Tensor, float]:
     """A network, trained once, n images that it classifies correctly with their labels, and its accuracy."""
     data, make, radius, steps = NETWORKS[name]
-    with np.load(DATA / f"{data}_test_dev.npz") as archive:
+    with np.load(data_folder() / f"{data}_test_dev.npz") as archive:
         pixels, labels = archive["images"], torch.from_numpy(archive["labels"]).long()
     rows = torch.from_numpy(pixels[:, None] if pixels.ndim == 3 else np.moveaxis(pixels, 3, 1).copy()).float().div(255)
     torch.manual_seed(0)

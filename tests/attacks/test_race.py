@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustbox import run_attack
 from robustbox.attacks.race import EARLY, LATE, LEAD, TURN, Start, race
-from robustbox.protocol import Knob, Query
+from robustbox.protocol import Answer, Knob, Query
 from tests.attacks.analytic import drive, task
 
 IMAGE = torch.full((1, 2, 2), 0.5)
@@ -85,6 +85,29 @@ def test_knobs_of_a_start_are_left_out() -> None:
     assert torch.equal(query.rows, asked[0].rows)
 
 
+def test_a_row_that_was_drawn_again_counts_where_it_then_was() -> None:
+    """A wrapper draws a refused row again: what reached the goal is the later row."""
+
+    def further(asked: list[int]) -> Start:
+        row = (IMAGE + 0.2)[None]
+        while len(asked) < 2 * LATE:
+            asked.append(1)
+            yield Query(row, redraw=lambda positions: (IMAGE + 0.4).expand(len(positions), 1, 2, 2))
+        return row
+
+    redrawn: list[int] = []
+    plain: list[Query] = []
+    search = race(task(IMAGE, "linf"), [further(redrawn), runner([0.3] * 2 * LATE, plain)])
+    query = next(search)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            if query.redraw is not None:
+                query.redraw([0])
+            query = search.send(Answer.of(torch.ones(1, dtype=torch.long)))
+    assert end.value.value[0] == 1
+    assert len(redrawn) == LATE
+
+
 class Bright(torch.nn.Module):
     """Weak to brightness: no wave reaches its boundary."""
 
@@ -108,9 +131,7 @@ def test_in_linf_it_finds_what_a_network_is_weak_to(model: torch.nn.Module, leas
 
 
 def test_the_rows_of_a_run_are_the_same_again() -> None:
-    runs = [
-        run_attack(Rough(), torch.full((2, 3, 16, 16), 0.5), [0, 0], "waterfill", "linf", budget=90) for _ in "ab"
-    ]
+    runs = [run_attack(Rough(), torch.full((2, 3, 16, 16), 0.5), [0, 0], "waterfill", "linf", budget=90) for _ in "ab"]
     assert runs[0].traces == runs[1].traces
 
 

@@ -1,9 +1,10 @@
 """How near one comes before any normal is estimated: where `waterfill` begins (ours).
 
 A climb over patterns (`patterns.py`), in linf the flips of rectangles (`flips.py`), and a line search. In linf untargeted the
-climb is raced (`race.py`) with RayS (`rays.py`), which then takes its place and that of the flips. Towards a target that no
-image at hand shows, the climb goes over wavelets, and where none of them reaches the goal, over pieces of whatever does: plain
-colours, waves, noise (`starts.find_start`).
+climb is raced (`race.py`) with RayS (`rays.py`), which then takes its place and that of the flips; towards a target it ends at
+the step with which flips begin, since a row of them gains more. Towards a target that no image at hand shows, the climb goes
+over wavelets, and where none of them reaches the goal, over pieces of whatever does: plain colours, waves, noise
+(`starts.find_start`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from robustbox.protocol import Answer, Query, Task
 
-from .flips import flip
+from .flips import START, flip
 from .moves import inward
 from .patterns import Pieces, Wavelets, climb
 from .race import race
@@ -35,13 +36,14 @@ def approach(task: Task, guess: float, precision: float) -> Generator[Query, Ans
     of `imagine`; of `flip` in linf, unless RayS won; and of `inward`, 7 to 9 rows.
     """
     flips = task.norm == "linf"
+    least = START if flips else None
     if flips and task.target is None:
         ahead, point = (yield from race(task, [climb(task), turn_over(task, RayS.tolerance, once=True)])) or (0, None)
         flips = ahead == 0
     else:
-        point = yield from climb(task)
+        point = yield from climb(task, least=least)
     if point is None and task.target is not None:
-        point = yield from imagine(task)
+        point = yield from imagine(task, least)
     climbed = point is not None
     if point is None:
         point = yield from find_start(task)
@@ -53,19 +55,22 @@ def approach(task: Task, guess: float, precision: float) -> Generator[Query, Ans
     return point
 
 
-def imagine(task: Task) -> Generator[Query, Answer, Tensor]:
+def imagine(task: Task, least: float | None = None) -> Generator[Query, Answer, Tensor]:
     """A point that reaches a target [1,C,H,W] of which no image is at hand, or all have been asked.
+
+    Args:
+        least: where its climbs end.
 
     Cost: `WAVES` of `patterns.py` and 16 + `WAVES` of `starts.py` rows at a time, the first time 3 more, until one reaches the
     goal or the budget is spent; then that of a climb.
     """
     again = False
     while True:
-        point = yield from climb(task, Wavelets(task))
+        point = yield from climb(task, Wavelets(task), least)
         if point is not None:
             return point
         found = yield from find_start(task, rivals=0, again=again)
         if found is not None:
-            point = yield from climb(task, Pieces(task, found))
+            point = yield from climb(task, Pieces(task, found), least)
             return found if point is None else point
         again = True

@@ -201,13 +201,16 @@ class Pieces(Patterns):
         return self._images[self._chosen[k : k + 1]].to(self.device)  # one at a time: many searches wait side by side
 
 
-def climb(task: Task, patterns: Patterns | None = None) -> Generator[Query, Answer, Tensor | None]:
+def climb(
+    task: Task, patterns: Patterns | None = None, least: float | None = None
+) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], over wavelets or, towards a target, over pieces of the pool's images of it.
 
     None where no start reached it: no wavelet, or no image of the target class, which the attacker may own none of.
 
     Args:
         patterns: other ones.
+        least: how much nearer a pattern is tried at the end, a share of the distance. Default: LEAST / sqrt(d).
 
     Cost: the starts until one reaches the goal (at most 14 wavelets, towards a target `WAVES`, or `RIVALS` images), 1 row each,
     and then as many as pay: log(least / STEP) / log(NARROWER) where nothing nearer is found (24 for 3 x 32 x 32). A refused row
@@ -215,6 +218,8 @@ def climb(task: Task, patterns: Patterns | None = None) -> Generator[Query, Answ
     """
     if patterns is None:
         patterns = Wavelets(task) if task.target is None else Pieces(task)
+    if least is None:
+        least = LEAST / math.sqrt(task.image.numel())
     for best, row in patterns.starts():  # noqa: B007  (where the loop breaks, the climb begins)
         if (yield from reached(task, Drawn(row))):
             break
@@ -225,4 +230,4 @@ def climb(task: Task, patterns: Patterns | None = None) -> Generator[Query, Answ
         tried = patterns.near(best) if k % patterns.renewal else patterns.new()
         return tried, patterns.row(tried, far * (1 - step))
 
-    return (yield from nearer(task, propose, best, row, STEP, LEAST / math.sqrt(task.image.numel())))
+    return (yield from nearer(task, propose, best, row, STEP, least))

@@ -81,7 +81,7 @@ def isotropic(variances: Tensor, queries: float) -> Tensor:
     return torch.ones_like(variances)
 
 
-def nowhere(*_: object) -> Generator[Query, Answer, None]:
+def nowhere(*_: object, **__: object) -> Generator[Query, Answer, None]:
     """No start, in place of `climb`."""
     yield from ()
 

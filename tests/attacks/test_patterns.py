@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from robustbox.attacks.approach import approach
+from robustbox.attacks.flips import FLIPS, START
 from robustbox.attacks.nearer import NARROWER, WIDER
 from robustbox.attacks.patterns import LEAST, RIVALS, STEP, WAVES, Patterns, Pieces, Wavelets, climb
 from robustbox.attacks.starts import find_start
@@ -37,9 +39,9 @@ def pictures(n: int, size: int = 16) -> tuple[Tensor, Tensor]:
     return images, torch.ones(n, dtype=torch.long)
 
 
-def climbed(of: Task, label: Callable[[Tensor], int]) -> tuple[Tensor | None, list[Query]]:
+def climbed(of: Task, label: Callable[[Tensor], int], least: float | None = None) -> tuple[Tensor | None, list[Query]]:
     """A climb against a rule for labels: its end, and what it asked."""
-    end, asked = drive(climb(of), of, lambda rows: torch.tensor([label(row) for row in rows]))
+    end, asked = drive(climb(of, least=least), of, lambda rows: torch.tensor([label(row) for row in rows]))
     assert of.remaining > 0
     return end, asked
 
@@ -129,9 +131,27 @@ def test_without_an_image_of_the_target_nothing_is_asked() -> None:
 def test_a_climb_that_finds_nothing_asks_what_it_says() -> None:
     assert len(climbed(aim(), lambda _: 0)[1]) == 14
     assert len(climbed(aim(pictures(40, 8), GREY[:, :8, :8]), lambda _: 0)[1]) == RIVALS
+
+
+@pytest.mark.parametrize("least", [None, 0.05])
+def test_a_climb_ends_where_its_step_is_small(least: float | None) -> None:
     first = itertools.count()
-    after = math.ceil(math.log(LEAST / math.sqrt(GREY.numel()) / STEP) / math.log(NARROWER) - 1e-9)
-    assert len(climbed(aim(), lambda _: int(next(first) == 2))[1]) == 3 + after
+    after = math.ceil(math.log((least or LEAST / math.sqrt(GREY.numel())) / STEP) / math.log(NARROWER) - 1e-9)
+    assert len(climbed(aim(), lambda _: int(next(first) == 2), least)[1]) == 3 + after
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("known", [True, False], ids=["image", "none"])
+def test_towards_a_target_in_linf_a_climb_ends_where_flips_begin(norm: Norm, known: bool) -> None:
+    pool = pictures(1) if known else None
+    of = task(GREY, norm, target=1, pool=pool, budget=200)
+    first = itertools.count()
+    _, asked = drive(approach(of, 0.5, 0.01), of, lambda rows: torch.tensor([int(next(first) == 0) for _ in rows]))
+    kinds = [query.kind for query in asked]
+    end = START if norm == "linf" else LEAST / math.sqrt(GREY.numel())
+    climbing = 1 + math.ceil(math.log(end / STEP) / math.log(NARROWER) - 1e-9)
+    flipping = math.ceil(math.log(FLIPS / GREY.numel() / START) / math.log(NARROWER) - 1e-9) if norm == "linf" else 0
+    assert kinds[: climbing + flipping + 1] == ["init"] * (climbing + flipping) + ["line"]
 
 
 def test_where_answers_are_random_a_row_must_reach_the_goal_twice() -> None:

@@ -2,6 +2,7 @@
 
     python scripts/bench_unseen.py                        all networks, l2 and linf: half an hour, then from what was kept
     python scripts/bench_unseen.py --only vit --norm linf
+    python scripts/bench_unseen.py --norm l2 --sides waterfill "without learning"
 
 An MLP, a vision transformer, a network of average pools, two that are trained against l2 attacks (FGM), and, held out, a
 mixer and a LeNet. They are trained on the data folder's images from number 1500 on, for a fixed number of steps; the attacks
@@ -34,8 +35,10 @@ from robustbox.statistics import median
 APART = 1500
 """Images before this one are attacked, the others trained on."""
 HELD_OUT = ("mixer", "lenet")
+LESS: dict[str, Side] = {"without learning": (OURS, {"learn": False}), "without the colours' prior": (OURS, {})}
+"""Ideas that the four networks of the ablation leave in doubt."""
 SIDES: dict[str, dict[str, Side]] = {
-    "l2": {name: (name, {}) for name in (OURS, "cgba", "hop-skip-jump")} | DCT_2,
+    "l2": {name: (name, {}) for name in (OURS, "cgba", "hop-skip-jump")} | DCT_2 | LESS,
     "linf": {name: (name, {}) for name in (OURS, "rays", "hop-skip-jump")} | {"without the race": (OURS, {})},
 }
 
@@ -167,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="waterfill on networks of other kinds.")
     parser.add_argument("--only", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--norm", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--sides", nargs="+", help="these sides alone")
     parser.add_argument("--images", type=int, default=30)
     parser.add_argument("--budget", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_unseen"))
@@ -182,6 +186,8 @@ def main() -> None:
             table.title = f"{name}{held} ({100 * accuracy:.0f} % right), {norm}, {len(images)} images"
             ours = None
             for side, (attack, options) in SIDES[norm].items():
+                if args.sides and side not in args.sides:
+                    continue
                 run = attacked(args, (name, norm, side), model, images, labels, attack, options)
                 far = curve(run, marks)
                 ours = far if ours is None else ours

@@ -103,6 +103,8 @@ def independent(drawn: Tensor, kept: Tensor, most: int) -> tuple[Tensor, Tensor]
     return drawn / drawn.shape[1] ** 0.5, kept
 
 
+TOWARDS = "with as long a climb as in l2"
+"""What shows towards a target in linf alone."""
 PRIOR: dict[str, dict[str, Any]] = {
     "without the colours' prior": {"spectrum.COLOUR": 1.0, "spectrum.COARSE": 1e9},
     "without the middle's prior": {"spectrum.MIDDLE": 0.0},
@@ -113,6 +115,7 @@ REMOVED: dict[str, dict[str, Any]] = {
     "without the climb": {"approach.climb": nowhere},
     "without the flips": {"approach.flip": unflipped},
     "without the race": {"approach.race": unraced},
+    TOWARDS: {"approach.START": None},
     **PRIOR,
     "with a flat prior": {name: value for part in PRIOR.values() for name, value in part.items()},
     "without the perturbation's hint": {"waterfill.HINT": (0.0, 0.0)},
@@ -127,10 +130,16 @@ REMOVED: dict[str, dict[str, Any]] = {
 
 
 UNUSED = {
-    "l2": ("without the flips", "without the race", "with the ball's corners alone", "without shorter noise at bends"),
-    "linf": ("without the perturbation's hint", "without the perturbation's filter", "without centring"),
+    "l2": (
+        "without the flips",
+        "without the race",
+        "with the ball's corners alone",
+        "without shorter noise at bends",
+        TOWARDS,
+    ),
+    "linf": ("without the perturbation's hint", "without the perturbation's filter", "without centring", TOWARDS),
 }
-"""Ideas that have no part in a norm."""
+"""Ideas that have no part in a norm, untargeted."""
 
 
 def without(norm: str) -> dict[str, Side]:
@@ -145,7 +154,9 @@ def without(norm: str) -> dict[str, Side]:
 
 
 STARTS: dict[str, Side] = {"without the flips": (OURS, {}), "without the race": (OURS, {})}
-FLIPPED: dict[str, Side] = {"without the flips": (OURS, {}), "without shorter noise at bends": (OURS, {})}
+FLIPPED: dict[str, Side] = {
+    side: (OURS, {}) for side in ("without the flips", "without shorter noise at bends", TOWARDS)
+}
 TOWARDS_LINF = named("hop-skip-jump", "sign-flip") | FLIPPED
 DCT_2: dict[str, Side] = {"cgba, DCT 2": ("cgba", {"subspace": "dct", "factor": 2})}
 CONTESTS: dict[str, Contest] = {

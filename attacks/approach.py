@@ -55,11 +55,11 @@ def approach(task: Task, guess: float, precision: float) -> Generator[Query, Ans
     return point
 
 
-def imagine(task: Task, least: float | None = None) -> Generator[Query, Answer, Tensor]:
+def imagine(task: Task, least: float | None) -> Generator[Query, Answer, Tensor]:
     """A point that reaches a target [1,C,H,W] of which no image is at hand, or all have been asked.
 
     Args:
-        least: where its climbs end.
+        least: the step at which its climbs end; None: as `climb` has it.
 
     Cost: `WAVES` of `patterns.py` and 16 + `WAVES` of `starts.py` rows at a time, the first time 3 more, until one reaches the
     goal or the budget is spent; then that of a climb.

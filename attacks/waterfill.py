@@ -32,8 +32,8 @@ out; where few of its rows reach the goal it is made shorter, not centred, and a
 
 Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search; n0 is 20, in l2 towards a target 6,
 where the boundary turns sooner. First comes the climb, about 35 rows for images of 8 pixels, 75 of 32 and 180 of 224 (where no
-pattern reaches the goal, `starts.find_start`), in linf the flips, 70, 500 (870 towards a target) and over 1000, or RayS, over 2
-rows a value, and 30 rows of what lost to it; and one line search.
+pattern reaches the goal, `starts.find_start`), in linf the flips, 70, 500 (870 towards a target, after a climb of 35) and
+over 1000, or RayS, over 2 rows a value, and 30 rows of what lost to it; and one line search.
 
 With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from the evidence of
 all images of a run, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.

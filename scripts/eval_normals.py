@@ -5,6 +5,7 @@
     python scripts/eval_normals.py --only towards mnist --exact 1 0.3 0.1
     python scripts/eval_normals.py --only cifar10 mnist --along 1000
     python scripts/eval_normals.py --only mnist --white-box 1000 --skip 0 --images 50
+    python scripts/eval_normals.py --only cifar10 mnist --known 1000
     python scripts/eval_normals.py --only cifar10 mnist --starts
 
 Images are those on which options were chosen. The normals are gradients of the margin at the boundary points that `waterfill`
@@ -18,6 +19,8 @@ cosine given, and asks rows for its search alone. It tells what better estimates
 With --along, what 1000 queries (or so many) reach: the median distance R at the start of some iterations, the cosine of the
 ray with the white-box normal, and their product, the distance of the tangent plane: where a boundary is flat, none is nearer.
 With --white-box, that distance over the least one that foolbox's DDN finds (300 steps), quartiles over images.
+With --known, the distance of `waterfill` over that with bands and cells, from the start, as the mean energy has them (at
+120 queries), at 100, 250, 500 and 1000 queries and paired: what learning a network's spectrum could bring at most.
 With --starts, of how many classes but its own `find_start` finds each image a point without an image of them, and with which
 median of rows; and where its waves give way to as many rows of white noise.
 Distances along patterns are medians over images of the nearest of four, by bisection.
@@ -43,7 +46,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_waterfill import curve, inputs
+from bench_waterfill import MARKS, curve, inputs, paired
 
 from robustbox import run_attack
 from robustbox.attacks import patterns, starts, waterfill
@@ -211,6 +214,43 @@ def white_box(data: str, budget: int, count: int | None, skip: int | None) -> No
     )
 
 
+def known(data: str, budget: int, count: int | None) -> None:
+    """Print the distances of `waterfill` over those with the factors of the mean white-box normal from the start."""
+    model, images, labels, aim = chosen(data, count)
+    energy = torch.stack(energies(model, images, labels, aim)).mean(0)
+    usual = Spectrum(images[0]).variances()
+    factors = groups_known(Spectrum(images[0]), energy) / usual
+    kept = Spectrum.__init__
+
+    def told(spectrum: Spectrum, like: Tensor) -> None:
+        kept(spectrum, like)
+        spectrum._base = spectrum._base * factors
+
+    plain = run_attack(model, images, labels, "waterfill", "l2", budget=budget, **aim)
+    with patch.object(Spectrum, "__init__", told):
+        given = run_attack(model, images, labels, "waterfill", "l2", budget=budget, **aim)
+    marks = [mark for mark in MARKS if mark <= budget]
+    theirs, ours = (curve({"traces": result.traces}, marks) for result in (plain, given))
+    each = "  ".join(f"{mark}: {paired(ours[:, [k]], theirs[:, [k]])[0]:.3f}" for k, mark in enumerate(marks))
+    mean, low, high = paired(ours, theirs)
+    print(
+        f"{data}, {len(images)} images, over that with factors known: {each}; {mean:.3f} ({low:.3f}-{high:.3f})",
+        flush=True,
+    )
+
+
+def energies(model: nn.Module, images: Tensor, labels: Tensor, aim: dict[str, Any]) -> list[Tensor]:
+    """The energy of each image's white-box normal in the basis [C,H,W], at points that 120 queries reached."""
+    result = run_attack(model, images, labels, "waterfill", "l2", budget=120, **aim)
+    basis, each = Spectrum(images[0]).basis, []
+    for k, (image, label, end) in enumerate(zip(images, labels.tolist(), result.adversarials, strict=True)):
+        target = int(aim["targets"][k]) if aim else None
+        point = end if aim else boundary(model, image, label, end)[0]
+        if bool(torch.isfinite(point).all()):
+            each.append(basis.analyse(normal(model, image, label, point, target)[None])[0].square())
+    return each
+
+
 def heavy_noise(task: Task) -> Iterator[Drawn]:
     """White noise in place of the waves, in stages of ten rows too."""
     draw = sampler("full", (*task.image.shape,), 1, task.generator)
@@ -251,6 +291,9 @@ def main() -> None:
     parser.add_argument("--exact", type=float, nargs="+", metavar="COSINE", help="white-box normals of these cosines")
     parser.add_argument("--along", type=int, metavar="QUERIES", help="how near the iterations of a run come")
     parser.add_argument("--white-box", type=int, metavar="QUERIES", help="how near DDN comes, beside so many queries")
+    parser.add_argument(
+        "--known", type=int, metavar="QUERIES", help="what a network's mean spectrum from the start saves"
+    )
     parser.add_argument("--skip", type=int, help="the first image of --white-box")
     parser.add_argument(
         "--starts", action="store_true", help="towards how many classes a start is found without their images"
@@ -260,6 +303,9 @@ def main() -> None:
     for data in args.only:
         if args.white_box:
             white_box(data, args.white_box, args.images, args.skip)
+            continue
+        if args.known:
+            known(data, args.known, args.images)
             continue
         if args.starts:
             found(data, args.images)
@@ -272,13 +318,7 @@ def main() -> None:
                 exactly(data, share, args.images)
             continue
         model, images, labels, aim = chosen(data, args.images)
-        result = run_attack(model, images, labels, "waterfill", "l2", budget=120, **aim)
-        ours, each = Spectrum(images[0]), []
-        for k, (image, label, end) in enumerate(zip(images, labels.tolist(), result.adversarials, strict=True)):
-            target = int(aim["targets"][k]) if aim else None
-            point = end if aim else boundary(model, image, label, end)[0]
-            if bool(torch.isfinite(point).all()):
-                each.append(ours.basis.analyse(normal(model, image, label, point, target)[None])[0].square())
+        ours, each = Spectrum(images[0]), energies(model, images, labels, aim)
         energy = torch.stack(each).mean(0)
         print(
             f"{data}, images {CHOSEN[data][0]} to {CHOSEN[data][0] + len(images)}: energy by colour",

@@ -5,53 +5,86 @@ climb is raced (`race.py`) with RayS (`rays.py`), which then takes its place and
 the step with which flips begin, since a row of them gains more. Towards a target that no image at hand shows, the climb goes
 over wavelets, and where none of them reaches the goal, over pieces of whatever does: plain colours, waves, noise
 (`starts.find_start`).
+
+A start that was brought along and reaches the goal takes the climb's place, towards a target by a climb over pieces of it.
+Untargeted it does so only if no wavelet nearer than it does too: then it is further than where climbs begin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from itertools import takewhile
 
 from torch import Tensor
 
+from robustbox.distances import distance
 from robustbox.protocol import Answer, Query, Task
 
 from .flips import START, flip
 from .moves import inward
+from .nearer import reached
+from .noise import Drawn
 from .patterns import Pieces, Wavelets, climb
 from .race import race
 from .rays import RayS, turn_over
-from .starts import find_start
+from .starts import brought, find_start
 
 
 def approach(task: Task, guess: float, precision: float) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], just beyond the boundary on the way from the image to it; None if nothing did.
 
-    Flips only follow a climb: from what is found without one normals lead on as fast, and RayS has flipped every value.
+    Flips only follow a climb or what was brought: from what is found without one normals lead on as fast, and RayS has flipped
+    every value.
 
     Args:
         guess: the share of the way to the image that the line search tries first where no climb came before it.
         precision: the bracket at which it ends, over the distance; and the guess after a climb.
 
-    Cost: that of `climb`, in linf untargeted of `race` in its place; where it found nothing of `find_start`, towards a target
-    of `imagine`; of `flip` in linf, unless RayS won; and of `inward`, 7 to 9 rows.
+    Cost: that of `bring` where something was brought; if that does not reach the goal, of `climb`, in linf untargeted of `race`
+    in its place; where it found nothing of `find_start`, towards a target of `imagine`; of `flip` in linf, unless RayS won; and
+    of `inward`, 7 to 9 rows.
     """
     flips = task.norm == "linf"
     least = START if flips else None
-    if flips and task.target is None:
+    point = yield from bring(task, guess, precision, least)
+    if point is None and flips and task.target is None:
         ahead, point = (yield from race(task, [climb(task), turn_over(task, RayS.tolerance, once=True)])) or (0, None)
         flips = ahead == 0
-    else:
+    elif point is None:
         point = yield from climb(task, least=least)
     if point is None and task.target is not None:
         point = yield from imagine(task, least)
     climbed = point is not None
     if point is None:
-        point = yield from find_start(task)
+        point = yield from find_start(task, bring=False)
         if point is None:
             return None
     if flips and climbed:
         point = yield from flip(task, point)
     point, _ = yield from inward(task, point, precision if climbed else guess, precision)
+    return point
+
+
+def bring(task: Task, guess: float, precision: float, least: float | None) -> Generator[Query, Answer, Tensor | None]:
+    """What comes of the start that was brought along [1,C,H,W]; None where there is none, or another one is to be found.
+
+    Args: as `approach`, and `least` as `climb`.
+
+    Cost: 1 row, and if it reaches the goal 7 to 9 of a line search and at most 14 wavelets, towards a target the climb.
+    """
+    if task.start is None:
+        return None
+    if task.target is not None:
+        return (yield from climb(task, Pieces(task, task.start[None]), least))
+    point = yield from brought(task)
+    if point is None:
+        return None
+    point, _ = yield from inward(task, point, guess, precision)
+    far = distance(point - task.image, task.norm)
+    wavelets = (row for _, row in Wavelets(task).starts())
+    for row in takewhile(lambda row: distance(row - task.image, task.norm) < far, wavelets):
+        if (yield from reached(task, Drawn(row))):
+            return None
     return point
 
 
@@ -69,7 +102,7 @@ def imagine(task: Task, least: float | None) -> Generator[Query, Answer, Tensor]
         point = yield from climb(task, Wavelets(task), least)
         if point is not None:
             return point
-        found = yield from find_start(task, rivals=0, again=again)
+        found = yield from find_start(task, rivals=0, again=again, bring=False)
         if found is not None:
             point = yield from climb(task, Pieces(task, found), least)
             return found if point is None else point

@@ -68,6 +68,7 @@ class Boundary(Attack):
     name: ClassVar[str] = "boundary"
     norms: ClassVar[tuple[Norm, ...]] = ("l2",)
     knobs: ClassVar[tuple[str, ...]] = ("orthogonal", "source")
+    takes_start: ClassVar[bool] = True
 
     orthogonal: float = 0.1
     source: float = 0.01

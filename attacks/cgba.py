@@ -72,6 +72,7 @@ class CGBA(Attack):
     name: ClassVar[str] = "cgba"
     norms: ClassVar[tuple[Norm, ...]] = ("l2",)
     knobs: ClassVar[tuple[str, ...]] = ("radius",)
+    takes_start: ClassVar[bool] = True
 
     n0: int = 30
     sigma: float | None = None

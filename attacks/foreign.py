@@ -41,7 +41,8 @@ What this adapter decides:
   foolbox divides 0 by 0 where its iterate falls on the image. No supported class can loop without asking, so the
   budget ends the loops that have no other end.
 - A targeted search starts where our own attacks do (`starts.find_start`; foolbox asks its user for `starting_points`),
-  unless `init_attack` is given: the name of a foolbox class, or a foolbox object. So does BinarizationRefinementAttack.
+  unless `init_attack` is given: the name of a foolbox class, or a foolbox object. So do BinarizationRefinementAttack, and
+  all that take `starting_points` where a start is brought.
 - The norm of the run sets `constraint` and `distance`. `tensorboard` is no option: it writes outside the run's folder.
 - What foolbox raises ends the image with that message: no start was found, or an assertion failed that does not expect
   a random model. What was found until then counts.
@@ -102,6 +103,7 @@ QUERY_ATTACKS: dict[str, tuple[Norm, ...]] = {
 NUMPY_ATTACKS = frozenset({"GenAttack", "PointwiseAttack", "SpatialAttack"})
 """Those of them that draw from numpy's random state as well as from torch's."""
 _REFUSED = {"DatasetAttack": "draws nothing from its data set when it attacks one image at a time"}
+_STARTS = "starting_points"
 _DISTANCES = {"l0": l0, "l2": l2, "linf": linf}
 
 
@@ -128,6 +130,7 @@ def load(name: str) -> type[ForeignAttack]:
         "norms": QUERY_ATTACKS[name],
         "needs_epsilon": issubclass(found, FixedEpsilonAttack),
         "foreign": found,
+        "takes_start": _STARTS in inspect.signature(found.run).parameters,
     }
     bases = (ForeignAttack,)
     return dataclasses.make_dataclass(name, _fields(found), bases=bases, namespace=namespace, frozen=True, kw_only=True)
@@ -184,10 +187,11 @@ class ForeignAttack(Attack):
 
     def _wants_start(self, task: Task) -> bool:
         """Whether foolbox takes a starting point and would not find one itself."""
-        if "starting_points" not in inspect.signature(self.foreign.run).parameters:
+        if not self.takes_start:
             return False
         options = self.options()
-        return "init_attack" not in options or (task.target is not None and options["init_attack"] is None)
+        given = task.start is not None or (task.target is not None and options.get("init_attack") is None)
+        return given or "init_attack" not in options
 
     def _call(self, task: Task, ask: Ask, start: Tensor | None) -> None:
         """The foolbox call. Its result is not needed: whatever it found was asked, and stands in the books."""
@@ -196,7 +200,7 @@ class ForeignAttack(Attack):
             criterion = TargetedMisclassification(torch.tensor([task.target], device=task.image.device))
         attack, model = self._build(task.norm), ForeignModel(ask, task, self.knowledge)
         epsilon = None if task.norm == "l0" else task.epsilon  # foolbox cannot clip in l0
-        extra = {} if start is None else {"starting_points": start}
+        extra = {} if start is None else {_STARTS: start}
         try:
             attack(model, task.image[None], criterion, epsilons=epsilon, **extra)
         except AssertionError as error:  # they carry no message

@@ -71,6 +71,7 @@ class GeoDA(Attack):
     norms: ClassVar[tuple[Norm, ...]] = ("l2", "linf")
     targeted: ClassVar[bool] = False
     knobs: ClassVar[tuple[str, ...]] = ("radius",)
+    takes_start: ClassVar[bool] = True
 
     n0: int = 30
     rate: float = 0.6

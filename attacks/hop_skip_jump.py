@@ -68,6 +68,7 @@ class HopSkipJump(Attack):
     name: ClassVar[str] = "hop-skip-jump"
     norms: ClassVar[tuple[Norm, ...]] = ("l2", "linf")
     knobs: ClassVar[tuple[str, ...]] = ("radius",)
+    takes_start: ClassVar[bool] = True
 
     n0: int = 30
     theta: float | None = None

@@ -81,6 +81,7 @@ class NES(Attack):
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
     needs_epsilon: ClassVar[bool] = True
     knobs: ClassVar[tuple[str, ...]] = ("sigma", "step")
+    takes_start: ClassVar[bool] = True
 
     pairs: int = 10
     sigma: float = 0.001
@@ -120,6 +121,10 @@ class NES(Attack):
     def check(self, task: Task) -> None:
         if (self.top or self.copies) and task.target is None:
             raise InputError("nes with top or copies starts from an image of a target class: give targets and a pool")
+        if task.start is not None and not (self.top or self.copies):
+            raise InputError(
+                "nes begins at the image itself but with top or copies: leave starts out, or give one of these"
+            )
 
     def search(self, task: Task) -> Search:
         if self.top or self.copies:

@@ -70,6 +70,7 @@ class SignFlip(Attack):
     name: ClassVar[str] = "sign-flip"
     norms: ClassVar[tuple[Norm, ...]] = ("linf",)
     knobs: ClassVar[tuple[str, ...]] = ("step", "flips")
+    takes_start: ClassVar[bool] = True
 
     factor: float = 1.0
 

@@ -76,6 +76,7 @@ class SignOPT(Attack):
     name: ClassVar[str] = "sign-opt"
     norms: ClassVar[tuple[Norm, ...]] = ("l2", "linf")
     knobs: ClassVar[tuple[str, ...]] = ("radius",)
+    takes_start: ClassVar[bool] = True
 
     probes: int = 200
     beta: float | None = None

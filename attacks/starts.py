@@ -19,7 +19,7 @@ WAVES = 50
 
 
 def find_start(
-    task: Task, patterns: int = 4, rivals: int = 10, again: bool = False
+    task: Task, patterns: int = 4, rivals: int = 10, again: bool = False, bring: bool = True
 ) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], or None: far from the image, but not needlessly.
 
@@ -34,17 +34,36 @@ def find_start(
 
     The successes of that stage are shortened towards the image together, four times, and the shortest is returned.
 
+    Before all of them comes the row that was `brought`, which is returned as it is.
+
     Args:
         again: after a search that found nothing: leave out the rows that would be the same, and draw the others anew.
+        bring: whether to ask what was brought; not where it was asked already.
 
     Cost: at most 3 (patterns + 2) + rivals + 55 rows for the stages, towards a target rivals + WAVES + 19, and 4 rows for each
-    success of one stage.
+    success of one stage; 1 row where one was brought.
     """
+    if bring and not again:
+        point = yield from brought(task)
+        if point is not None:
+            return point
     for stage in _starts(task, patterns, 0 if again else rivals, plain=not again):
         reached = task.reached((yield stage.query("init")))
         if reached.any():
             return (yield from _shortest(task, stage.rows[reached.to(stage.rows.device)]))
     return None
+
+
+def brought(task: Task) -> Generator[Query, Answer, Tensor | None]:
+    """The row that the attacker brings along [1,C,H,W], where there is one and it reaches the goal; else None.
+
+    Cost: 1 row where there is one.
+    """
+    if task.start is None:
+        return None
+    row = task.start[None]
+    answer = yield Query(row, "init")
+    return row if task.reached_any(answer) else None
 
 
 def _starts(task: Task, patterns: int, rivals: int, plain: bool) -> Iterator[Drawn]:

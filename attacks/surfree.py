@@ -79,6 +79,7 @@ class SurFree(Attack):
     name: ClassVar[str] = "surfree"
     norms: ClassVar[tuple[Norm, ...]] = ("l2",)
     knobs: ClassVar[tuple[str, ...]] = ("angle",)
+    takes_start: ClassVar[bool] = True
 
     angle: float = 10.0
     rho: float = 0.9

@@ -108,6 +108,7 @@ class Waterfill(Attack):
     name: ClassVar[str] = "waterfill"
     norms: ClassVar[tuple[Norm, ...]] = ("l2", "linf")
     knobs: ClassVar[tuple[str, ...]] = ("radius",)
+    takes_start: ClassVar[bool] = True
 
     n0: int | None = None
     memory: float = 0.9

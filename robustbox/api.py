@@ -44,6 +44,7 @@ def run_attack(
     attack_options: Mapping[str, Any] | None = None,
     defense_options: Mapping[str, Any] | None = None,
     pool: tuple[Tensor | ArrayLike, Tensor | ArrayLike] | None = None,
+    starts: Tensor | ArrayLike | None = None,
     out: str | Path | RunFolder | None = None,
     *,
     total_budget: int | None = None,
@@ -80,6 +81,8 @@ def run_attack(
         device: where a model named by a string runs; "auto" takes CUDA where it is, and leaves modules where they stand.
         attack_options, defense_options: hyper-parameters of an attack or defense given by name.
         pool: (images, labels) that the attacker owns, for targeted starts; never the attacked ones.
+        starts: rows [N,C,H,W] found elsewhere that may reach the goal, one an image (NaN: none): adversarials of another model,
+            or of an earlier run. Each is asked first, at one query, and the search begins there if it does.
         out: a folder for config, journal, results and adversarials. A run that was stopped goes on from the journal when it
             is started again with the same arguments: what was answered is not asked again.
         total_budget: queries that all images together may cost.
@@ -113,6 +116,7 @@ def run_attack(
         attack_options=attack_options,
         defense_options=defense_options,
         pool=pool,
+        starts=starts,
         total_budget=total_budget,
         keep_going=keep_going,
         max_rows=max_rows,
@@ -193,6 +197,7 @@ def prepare(
     attack_options: Mapping[str, Any] | None = None,
     defense_options: Mapping[str, Any] | None = None,
     pool: tuple[Tensor | ArrayLike, Tensor | ArrayLike] | None = None,
+    starts: Tensor | ArrayLike | None = None,
     total_budget: int | None = None,
     keep_going: bool = False,
     max_rows: int | Literal["auto"] = "auto",
@@ -212,6 +217,8 @@ def prepare(
         raise InputError(f"attack {chosen.name} searches at a fixed radius: give epsilon")
     if targets is not None and not chosen.targeted:
         raise InputError(f"attack {chosen.name} is untargeted only: leave targets out or take another attack")
+    if starts is not None and not chosen.takes_start:
+        raise InputError(f"attack {chosen.name} begins at the image itself: leave starts out or take another attack")
     inputs.check_count(budget, "budget")
     if total_budget is not None:
         inputs.check_count(total_budget, "total_budget")
@@ -231,6 +238,7 @@ def prepare(
     truth = inputs.check_labels(labels, len(clean), box.classes)
     aims = inputs.check_targets(targets, truth, box.classes)
     owned = inputs.check_pool(pool, clean, box)
+    begun = [None if row is None else oracle.round(row) for row in inputs.check_starts(starts, len(clean), box)]
     rules = Rules(
         norm=measured,
         epsilon=epsilon,
@@ -242,7 +250,7 @@ def prepare(
         eot=eot,
         accounts=accounts,
     )
-    contest = Contest(oracle, chosen, defenses, clean, truth, aims or [None] * len(truth), owned, rules)
+    contest = Contest(oracle, chosen, defenses, clean, truth, aims or [None] * len(truth), owned, begun, rules)
     contest.check_task()
     return contest
 

@@ -157,6 +157,10 @@ def _summed_up(result: AttackResult, norm: str) -> Table:
         share = result.rejected.sum() / result.queries.sum()
         burnt = f", accounts burnt: {result.accounts_burnt.sum()}" if result.accounts_burnt.any() else ""
         table.add_row("rows rejected", f"{result.rejected.sum()} of {result.queries.sum()} = {share:.1%}{burnt}")
+    if meta["starts"]:
+        table.add_row(
+            "begun from given rows", f"{meta['starts']} of {len(result)}; what finding them cost is in no ledger"
+        )
     medians = "  ".join(f"{q}: {far:.4g}" for q, far in summary["median_distance"].items())
     table.add_row(f"median {norm} after queries", medians)
     table.add_row("median queries to success", f"{summary['median_queries_to_success']:.6g}")

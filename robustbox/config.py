@@ -58,6 +58,9 @@ class AttackConfig:
         eot: ask each row so many times, at so many queries, and show the attack the consensus: against black boxes that
             answer at random.
         accounts: accounts that the attacker may use up on one image where a gate bans them; null: any number.
+        starts: rows to begin from, found elsewhere: another run's folder, whose adversarials are taken by the images that they
+            belong to, or a .safetensors file with the tensor adversarials, a row for each image attacked (NaN: none). Each is
+            asked first, at one query.
         out: the run's folder; default: a new one under runs/. A run that was stopped goes on there when the same command is
             given again.
     """
@@ -82,6 +85,7 @@ class AttackConfig:
     max_rows: int | Literal["auto"] = "auto"
     eot: int = 1
     accounts: int | None = 1
+    starts: str | None = None
     out: str | None = None
 
     def what_to_run(self) -> dict[str, Any]:

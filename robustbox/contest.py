@@ -37,6 +37,7 @@ class Contest:
         labels: N true classes.
         targets: N classes to reach, or N times None.
         pool: the attacker's own images and labels, or None.
+        starts: N rows [C,H,W] to begin from, rounded too, or None where there is none.
         rules: the threat model.
     """
 
@@ -49,10 +50,11 @@ class Contest:
         labels: list[int],
         targets: list[int] | list[None],
         pool: tuple[Tensor, Tensor] | None,
+        starts: list[Tensor | None],
         rules: Rules,
     ) -> None:
         self.oracle, self.attack, self.defenses, self.rules = oracle, attack, defenses, rules
-        self.images, self.labels, self.targets, self.pool = images, labels, targets, pool
+        self.images, self.labels, self.targets, self.pool, self.starts = images, labels, targets, pool, starts
         self._classes = oracle.box.classes
         self._hashes = [sha256(image) for image in images]
         self._records: list[Record] = []
@@ -86,7 +88,8 @@ class Contest:
         Raises:
             InputError: it cannot.
         """
-        self.attack.check(self._task(0))
+        begun = (i for i, start in enumerate(self.starts) if start is not None)
+        self.attack.check(self._task(next(begun, 0)))  # in all else the tasks are alike
 
     def check_clean(self, need_one: bool = True) -> None:
         """Find the images that are classified correctly; the others are not attacked.
@@ -145,6 +148,7 @@ class Contest:
             pool=self.pool,
             stochastic=self.oracle.box.stochastic,
             accounts=self._records[i].unopened,
+            start=self.starts[i],
         )
 
     def verify(self) -> None:
@@ -191,7 +195,8 @@ class Contest:
             {"sha256": name, "label": label, "target": target}
             for name, label, target in zip(self._hashes, self.labels, self.targets, strict=True)
         ]
-        return meta_of(self.oracle, self.attack, self.defenses, self.rules, subjects, self._fused, self._seconds)
+        given = sum(start is not None for start in self.starts)
+        return meta_of(self.oracle, self.attack, self.defenses, self.rules, subjects, given, self._fused, self._seconds)
 
     def config(self) -> dict[str, Any]:
         """The contest under the names of the command line's options, as far as names can tell."""
@@ -199,7 +204,7 @@ class Contest:
 
     def identity(self) -> dict[str, Any]:
         """What the queries depend on: runs that differ in it are different runs."""
-        return identity_of(self.meta(), self.rules, self.pool)
+        return identity_of(self.meta(), self.rules, self.pool, self.starts)
 
     def _adversarials(self) -> Tensor:
         """The best row of each image that has one inside the ball, [N,C,H,W]; NaN for the others."""

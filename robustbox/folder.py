@@ -173,6 +173,28 @@ def read_run(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensor]:
     return document, adversarials
 
 
+def read_adversarials(path: str | os.PathLike[str]) -> tuple[Tensor, list[str] | None]:
+    """The adversarials [N,C,H,W] (NaN where none) of a run's folder, or of such a file, and the sha256 of their originals.
+
+    The hashes are None where the file, which then no run wrote, does not say.
+
+    Raises:
+        InputError: there is no such file, or it holds no tensor `adversarials` of four axes.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path) / ADVERSARIALS if Path(path).is_dir() else Path(path)
+    try:
+        with safe_open(file, framework="pt") as content:
+            rows: Tensor = content.get_tensor("adversarials")
+            originals = (content.metadata() or {}).get("sha256_of_originals")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read as adversarials of a run: {error}") from None
+    if rows.ndim != 4:
+        raise InputError(f"the adversarials in {file} must have the shape [N,C,H,W], not {list(rows.shape)}")
+    return rows, None if originals is None else json.loads(originals)
+
+
 def document_of(result: AttackResult, complete: bool = True) -> dict[str, Any]:
     """results.json as plain JSON values; NaN and infinity become null. `complete`: the run came to its end."""
     from robustbox.results import REPLAYS, share_of

@@ -120,6 +120,24 @@ def check_pool(
     return own, torch.tensor(labels, device=box.device)
 
 
+def check_starts(starts: Tensor | ArrayLike | None, n: int, box: BlackBox) -> list[Tensor | None]:
+    """Rows [C,H,W] to begin from, one an image; None where there is none, which a row of NaN says.
+
+    Raises:
+        InputError: not one row an image, or rows that are no images of this black box.
+    """
+    if starts is None:
+        return [None] * n
+    rows = starts.detach() if isinstance(starts, Tensor) else torch.as_tensor(np.asarray(starts))
+    if rows.ndim != 4 or len(rows) != n:
+        raise InputError(f"starts must be {n} rows [C,H,W], one an image, not an array of shape {list(rows.shape)}")
+    given = (~rows.isnan().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    found: list[Tensor | None] = [None] * n
+    for i, row in zip(given, check_images(rows[given], box, "starts") if given else [], strict=True):
+        found[i] = row
+    return found
+
+
 def resolve_attack(attack: str | Attack, options: Mapping[str, Any] | None) -> Attack:
     """The attack of a name and its options, or the attack itself."""
     if not isinstance(attack, str):

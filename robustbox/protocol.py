@@ -219,6 +219,7 @@ class Task:
             attack stands on must be asked again from time to time.
         accounts: accounts that the attacker may still open beside the one in use (the loop opens the next when a gate bans
             it), None for any number; kept up to date by the loop.
+        start: a row [C,H,W] in [0, 1] that was found elsewhere and may reach the goal, to begin from; or None.
     """
 
     image: Tensor
@@ -232,6 +233,7 @@ class Task:
     pool: tuple[Tensor, Tensor] | None = None
     stochastic: bool = False
     accounts: int | None = 0
+    start: Tensor | None = None
 
     def reached(self, answer: Answer) -> Tensor:
         """Which rows reached the goal: bool [n] on the host. A row that was not answered never did."""
@@ -263,7 +265,8 @@ class Attack(ABC):
 
     Class attributes state what it needs: `knowledge` the least it must see (`label` or `score`), `norms` the distances that
     it can keep small, `targeted` whether it can aim at a class, `needs_epsilon` whether it works at a given radius only,
-    `knobs` the names of the scales that its queries offer (`Knob`). With an epsilon the loop ends the search at the first
+    `knobs` the names of the scales that its queries offer (`Knob`), `takes_start` whether it begins from a point that reaches
+    the goal, and so from `task.start` where that does. With an epsilon the loop ends the search at the first
     success inside the ball; a search that returns earlier gives the rest of its budget away.
     """
 
@@ -273,6 +276,7 @@ class Attack(ABC):
     targeted: ClassVar[bool] = True
     needs_epsilon: ClassVar[bool] = False
     knobs: ClassVar[tuple[str, ...]] = ()
+    takes_start: ClassVar[bool] = False
 
     def options(self) -> dict[str, object]:
         """The hyper-parameters, for the record."""

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from robustbox.environment import environment
 from robustbox.evaluator import undefended
+from robustbox.identity import sha256
 from robustbox.journaled import digest
 from robustbox.oracle import Oracle
 from robustbox.protocol import Attack, Defense, Norm
 
 _ASKED = ("norm", "epsilon", "budget", "total_budget", "knowledge", "levels", "seed", "keep_going", "eot", "accounts")
-_CHANCE = ("stochastic", "stateful", "max_rows", "seconds", "rows_per_second", "journal", "environment")
+_CHANCE = ("stochastic", "stateful", "max_rows", "seconds", "rows_per_second", "journal", "environment", "starts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ def meta_of(
     defenses: Sequence[Defense],
     rules: Rules,
     images: Sequence[Mapping[str, Any]],
+    starts: int,
     max_rows: int,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def meta_of(
         defenses: what stands around the model, outermost first.
         rules: the threat model.
         images: of each image its hash, label and target.
+        starts: how many of them were given a row to begin from.
         max_rows: rows a pass, as it came out.
         seconds: how long each phase took.
     """
@@ -65,6 +68,7 @@ def meta_of(
         "knowledge": oracle.knowledge,
         "levels": oracle.levels,
         "keep_going": rules.keep_going,
+        "starts": starts,
         "eot": rules.eot,
         "accounts": rules.accounts,
         "seed": rules.seed,
@@ -97,7 +101,9 @@ def config_of(meta: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
     }
 
 
-def identity_of(meta: Mapping[str, Any], rules: Rules, pool: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+def identity_of(
+    meta: Mapping[str, Any], rules: Rules, pool: tuple[Tensor, Tensor] | None, starts: Sequence[Tensor | None]
+) -> dict[str, Any]:
     """What the queries of a contest depend on: runs that differ in it are different runs."""
     model = {key: value for key, value in meta["model"].items() if key not in ("traffic", "batch", "concurrency")}
     return {
@@ -106,6 +112,7 @@ def identity_of(meta: Mapping[str, Any], rules: Rules, pool: tuple[Tensor, Tenso
         "max_rows": rules.max_rows,
         "device": meta["environment"]["device"].partition(":")[0],
         "pool": None if pool is None else digest(*pool).hex(),
+        "starts": [None if row is None else sha256(row) for row in starts] if meta["starts"] else None,
     }
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from robustbox.config import AttackConfig
+from robustbox.distances import rounded
 from robustbox.errors import InputError
+from robustbox.folder import read_adversarials
 from robustbox.identity import sha256, stream
 from robustbox.protocol import BlackBox
 
@@ -55,6 +57,7 @@ def arguments(config: AttackConfig, box: BlackBox, everything: Tensor, classes: 
         **{name: getattr(config, name) for name in same},
         "targets": _targets(config, box, images, labels),
         "pool": _rest(everything, classes, n),
+        "starts": None if config.starts is None else _starts(config.starts, images, config.levels),
     }
 
 
@@ -73,6 +76,27 @@ def _targets(config: AttackConfig, box: BlackBox, images: Tensor, labels: Tensor
     streams = [stream(cpu, config.seed, sha256(image), "target") for image in images]
     steps = [int(torch.randint(1, classes, (1,), generator=generator)) for generator in streams]
     return [(int(label) + step) % classes for label, step in zip(labels, steps, strict=True)]
+
+
+def _starts(path: str, images: Tensor, levels: int | None) -> Tensor:
+    """The rows of a file for images [N,C,H,W], in their order; NaN for those of which it has none.
+
+    Raises:
+        InputError: it cannot be read, or has none for any of them.
+    """
+    rows, originals = read_adversarials(path)
+    if originals is None:
+        if len(rows) != len(images):
+            raise InputError(
+                f"{path} has {len(rows)} rows and does not say for which images; {len(images)} are attacked"
+            )
+        return rows
+    place = {name: position for position, name in enumerate(originals)}
+    found = [place.get(sha256(image), place.get(sha256(rounded(image, levels)))) for image in images]
+    if all(position is None for position in found):
+        raise InputError(f"{path} has adversarials of other images: attack those that it was made of")
+    none = torch.full(rows.shape[1:], torch.nan)
+    return torch.stack([none if position is None else rows[position] for position in found])
 
 
 def _rest(images: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor] | None:

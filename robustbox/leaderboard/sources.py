@@ -64,7 +64,7 @@ class Sources:
 
 
 def find(paths: Iterable[Path]) -> Sources:
-    """What stands under some paths; runs that did not end are passed over, with a line on stderr.
+    """What stands under some paths; runs that did not end, or began from given rows, are passed over, with a line on stderr.
 
     Raises:
         InputError: a path that is not there, or a file that cannot be read.
@@ -115,6 +115,9 @@ def _take(path: Path, root: Path, sources: Sources) -> None:
         whole = document.get("complete", True) and all(i["stop_reason"] != "stopped" for i in document["images"])
         if not whole or not (path.parent / ADVERSARIALS).exists() or not (path.parent / CONFIG).exists():
             print(f"passed over {path.parent}: the run did not end", file=sys.stderr)
+            return
+        if document.get("starts"):
+            print(f"passed over {path.parent}: it began from given rows, whose cost is not known", file=sys.stderr)
             return
         name = path.parent.relative_to(root).as_posix() if root.is_dir() else path.parent.name
         sources.runs.append(Run(path.parent, name if name != "." else path.parent.resolve().name, document))

@@ -15,6 +15,7 @@ from robustbox.attack import main as attack
 from robustbox.leaderboard.__main__ import main
 from robustbox.leaderboard.rebuild import cost
 from robustbox.leaderboard.sources import file_sha256, find
+from tests.leaderboard.planted import plant
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,13 @@ def test_a_defense_that_stood_on_every_image_has_a_cost(runs: Path, tmp_path: Pa
     assert found is not None
     assert found["passes_per_query"] == 1
     assert found["milliseconds_per_query"] > 0
+
+
+def test_runs_that_began_from_given_rows_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(tmp_path / "whole", [[(3, 0.5)]], starts=0)
+    plant(tmp_path / "given", [[(1, 0.2)]], starts=1)
+    assert [run.name for run in find([tmp_path]).runs] == ["whole"]
+    assert "given: it began from given rows, whose cost is not known" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["digits-cnn", "digits-cnn+blacklight", "digits-cnn+input-noise"])

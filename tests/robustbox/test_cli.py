@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import robustbox.attack as cli
@@ -109,6 +109,60 @@ def test_a_run_can_be_run_again_from_its_folder(world: World) -> None:
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
     assert cli.main(["--config", "one/config.yaml", "--seed", "6", "--out", "three"]) == 0
     assert results("three")["images"] != results("one")["images"]
+
+
+def test_a_run_begins_from_the_adversarials_of_another(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the images that they belong to: another number of them, another attack and another threat model."""
+    assert run("--attack", "hop-skip-jump", "--budget", "60", "--out", "one", n=3) == 0
+    assert run("--attack", "cgba", "--levels", "256", "--starts", "one", "--out", "two") == 0
+    assert "3 of 6" in capsys.readouterr().out
+    one, two = results("one"), results("two")
+    assert two["starts"] == 3
+    assert one["starts"] == 0
+    firsts = [image["first_success"] for image in two["images"]]
+    assert firsts[:3] == [1, 1, 1]
+    for before, after in zip(one["images"], two["images"], strict=False):
+        assert after["distance"] <= before["distance"] + 0.03  # of its rows on 256 levels
+    assert cli.main(["--config", "two/config.yaml", "--out", "three"]) == 0
+    assert results("three")["images"] == two["images"]
+    assert "3 images begun from given rows" in Path("two/report.html").read_text()
+    assert "begun from given rows" not in Path("one/report.html").read_text()
+
+
+def test_a_run_begins_from_rows_of_a_file(world: World) -> None:
+    """A file that nobody's run wrote: a row for each image, in their order."""
+    rows = torch.stack([torch.full(SHAPE, 0.7), torch.full(SHAPE, torch.nan), torch.full(SHAPE, 0.1)])
+    save_file({"adversarials": rows}, "mine.safetensors")
+    assert run("--attack", "cgba", "--starts", "mine.safetensors", "--out", "one", n=3) == 0
+    document = results("one")
+    assert document["starts"] == 2
+    assert document["images"][0]["first_success"] == 1
+    assert document["images"][2]["first_success"] > 1  # 0.1 is not beyond the half-space
+
+
+@pytest.mark.parametrize("problem", ["no file", "another tensor", "other images", "another number", "flat"])
+def test_starts_that_cannot_be_read_cost_nothing(
+    problem: str, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complaint = {
+        "no file": "cannot be read as adversarials",
+        "another tensor": "cannot be read as adversarials",
+        "other images": "has adversarials of other images",
+        "another number": f"has 2 rows and does not say for which images; {N} are attacked",
+        "flat": "must have the shape [N,C,H,W], not [2, 3]",
+    }[problem]
+    if problem == "other images":
+        hashes = json.dumps(["0" * 64])
+        save_file({"adversarials": torch.rand(1, *SHAPE)}, "a.safetensors", {"sha256_of_originals": hashes})
+    elif problem != "no file":
+        name = "rows" if problem == "another tensor" else "adversarials"
+        save_file({name: torch.rand(2, 3) if problem == "flat" else torch.rand(2, *SHAPE)}, "a.safetensors")
+    assert run("--attack", "cgba", "--starts", "a.safetensors", "--out", "one") == 2
+    message = capsys.readouterr().err
+    assert complaint in message
+    assert message.count("\n") == 1
+    assert world.box.rows == 0
+    assert not Path("one").exists()
 
 
 def test_config_yaml_spells_out_every_default(world: World) -> None:

@@ -39,6 +39,7 @@ def outcome() -> AttackResult:
         "knowledge": "label",
         "levels": 256,
         "keep_going": False,
+        "starts": 0,
         "eot": 1,
         "accounts": None,
         "seed": 3,

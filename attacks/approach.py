@@ -6,14 +6,13 @@ the step with which flips begin, since a row of them gains more. Towards a targe
 over wavelets, and where none of them reaches the goal, over pieces of whatever does: plain colours, waves, noise
 (`starts.find_start`).
 
-A start that was brought along and reaches the goal takes the climb's place, towards a target by a climb over pieces of it.
-Untargeted it does so only if no wavelet nearer than it does too: then it is further than where climbs begin.
+Where a start that was brought along reaches the goal, the climb begins from it: towards a target over pieces of it, untargeted
+over wavelets that are nearer; where none of them reaches the goal too, it is where the climb ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from itertools import takewhile
 
 from torch import Tensor
 
@@ -22,12 +21,13 @@ from robustbox.protocol import Answer, Query, Task
 
 from .flips import START, flip
 from .moves import inward
-from .nearer import reached
-from .noise import Drawn
-from .patterns import Pieces, Wavelets, climb
+from .patterns import STEP, Pieces, Wavelets, climb
 from .race import race
 from .rays import RayS, turn_over
 from .starts import brought, find_start
+
+TRIES = 10
+"""Wavelets tried a step nearer than what was brought."""
 
 
 def approach(task: Task, guess: float, precision: float) -> Generator[Query, Answer, Tensor | None]:
@@ -66,11 +66,12 @@ def approach(task: Task, guess: float, precision: float) -> Generator[Query, Ans
 
 
 def bring(task: Task, guess: float, precision: float, least: float | None) -> Generator[Query, Answer, Tensor | None]:
-    """What comes of the start that was brought along [1,C,H,W]; None where there is none, or another one is to be found.
+    """What comes of the start that was brought along [1,C,H,W]; None where there is none, or it does not reach the goal.
 
     Args: as `approach`, and `least` as `climb`.
 
-    Cost: 1 row, and if it reaches the goal 7 to 9 of a line search and at most 14 wavelets, towards a target the climb.
+    Cost: 1 row, and if it reaches the goal 7 to 9 of a line search and `TRIES`, of which a climb may follow; towards a
+    target that climb alone.
     """
     if task.start is None:
         return None
@@ -80,12 +81,9 @@ def bring(task: Task, guess: float, precision: float, least: float | None) -> Ge
     if point is None:
         return None
     point, _ = yield from inward(task, point, guess, precision)
-    far = distance(point - task.image, task.norm)
-    wavelets = (row for _, row in Wavelets(task).starts())
-    for row in takewhile(lambda row: distance(row - task.image, task.norm) < far, wavelets):
-        if (yield from reached(task, Drawn(row))):
-            return None
-    return point
+    far = float(distance(point - task.image, task.norm))
+    shorter = yield from climb(task, Wavelets(task, [far * (1 - STEP)] * TRIES), least)
+    return point if shorter is None else shorter
 
 
 def imagine(task: Task, least: float | None) -> Generator[Query, Answer, Tensor]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from robustbox import list_attacks, registry, run_attack
+from robustbox.attacks.approach import TRIES
+from robustbox.attacks.patterns import STEP
 from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer
 from tests.attacks.analytic import Flat
@@ -176,33 +178,32 @@ def test_wrapped_attacks_and_foolbox_begin_from_them_too() -> None:
 # Waterfill
 
 
-def test_waterfill_leaves_out_the_climb_where_no_wavelet_is_nearer() -> None:
-    """Wavelets of at least 1/64 a pixel grow by 1.3 until the plane, 4 of them; the line search goes 0.1 of the way."""
+def test_waterfill_stays_at_a_start_where_no_wavelet_is_nearer() -> None:
+    """A line search, TRIES wavelets a step nearer than the plane, where nothing is beyond it, and the estimates begin."""
     box = Asked()
     run_attack(box, images(1), [0], "waterfill", budget=40, starts=near())
-    far = torch.stack([(row - images(1)[0]).norm() for row in box.rows[CLEAN:41]])
+    far = torch.stack([(row - images(1)[0]).norm() for row in box.rows[CLEAN : CLEAN + 40]])
+    labels = torch.tensor(box.labels[CLEAN : CLEAN + 40])
     search = 8  # the start, 0.6 of the way from it, and log2(0.6 / 0.01) halvings
-    wavelets = far[search : search + 4]
-    assert torch.allclose(wavelets[1:] / wavelets[:-1], torch.tensor(1.3), rtol=1e-3)
-    assert wavelets[-1] < AWAY <= 1.3 * wavelets[-1]
-    assert (far[search + 4 :] > 0.95 * AWAY).all()
-    assert far[torch.tensor(box.labels[CLEAN:41]) == 1].min() <= 1.01 * AWAY
+    found = far[:search][labels[:search] == 1].min()
+    assert torch.allclose(far[search : search + TRIES], found * (1 - STEP), rtol=1e-4)
+    assert (far[search + TRIES :] > 0.95 * AWAY).all()
+    assert far[labels == 1].min() <= 1.01 * AWAY
 
 
-def test_waterfill_gives_up_a_start_that_is_further_than_wavelets() -> None:
-    """Class 1 is also what is dark, far from the image: a start there is asked, and then the climb begins as usual."""
+def test_waterfill_climbs_from_a_start_that_is_further_than_wavelets() -> None:
+    """Class 1 are fine waves, and what is dark, far from the image: a start there gives way to the waves."""
 
     def label(rows: Tensor) -> Tensor:
-        return (
-            (rows.flatten(1).mean(1) < 0.05) | (torch.fft.rfft2(rows).abs()[..., 2:, 2:].amax((1, 2, 3)) > 6)
-        ).long()
+        fine = torch.fft.rfft2(rows.sum(1))[:, 2:7, 2:].abs().amax((1, 2))
+        return ((rows.flatten(1).mean(1) < 0.05) | (fine > 12)).long()
 
     grey = torch.full((1, *SHAPE), 0.5)
-    result = run_attack(label, grey, [0], "waterfill", budget=60, starts=torch.zeros(1, *SHAPE))
-    usual = run_attack(label, grey, [0], "waterfill", budget=60)
-    assert result.traces[0][0][0] == 1
-    assert result.distance_at(60)[0] <= 1.5 * usual.distance_at(60)[0]
-    assert result.distance_at(60)[0] < 0.5 * float(grey.norm())
+    for norm in ("l2", "linf"):
+        result = run_attack(label, grey, [0], "waterfill", norm, budget=100, starts=torch.zeros(1, *SHAPE))
+        usual = run_attack(label, grey, [0], "waterfill", norm, budget=100)
+        assert result.traces[0][0][0] == 1
+        assert result.distance_at(100)[0] <= 1.5 * usual.distance_at(100)[0] < 0.5 * result.distance_at(1)[0]
 
 
 class Asked(Plane):

@@ -6,8 +6,8 @@ the step with which flips begin, since a row of them gains more. Towards a targe
 over wavelets, and where none of them reaches the goal, over pieces of whatever does: plain colours, waves, noise
 (`starts.find_start`).
 
-Where a start that was brought along reaches the goal, the climb begins from it: towards a target over pieces of it, untargeted
-over wavelets that are nearer; where none of them reaches the goal too, it is where the climb ends.
+A start that was brought along takes part in the race, and where it is ahead, the climb's place: adversarials of other networks
+lie between twice as far as climbs end and half as far.
 """
 
 from __future__ import annotations
@@ -16,43 +16,42 @@ from collections.abc import Generator
 
 from torch import Tensor
 
-from robustbox.distances import distance
 from robustbox.protocol import Answer, Query, Task
 
 from .flips import START, flip
 from .moves import inward
-from .patterns import STEP, Pieces, Wavelets, climb
-from .race import race
+from .patterns import Pieces, Wavelets, climb
+from .race import Start, race
 from .rays import RayS, turn_over
 from .starts import brought, find_start
-
-TRIES = 10
-"""Wavelets tried a step nearer than what was brought."""
 
 
 def approach(task: Task, guess: float, precision: float) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], just beyond the boundary on the way from the image to it; None if nothing did.
 
-    Flips only follow a climb or what was brought: from what is found without one normals lead on as fast, and RayS has flipped
+    Flips follow a climb or what was brought alone: from what is found without one normals lead on as fast, and RayS has flipped
     every value.
 
     Args:
         guess: the share of the way to the image that the line search tries first where no climb came before it.
         precision: the bracket at which it ends, over the distance; and the guess after a climb.
 
-    Cost: that of `bring` where something was brought; if that does not reach the goal, of `climb`, in linf untargeted of `race`
-    in its place; where it found nothing of `find_start`, towards a target of `imagine`; of `flip` in linf, unless RayS won; and
-    of `inward`, 7 to 9 rows.
+    Cost: that of `climb`, or of a `race` of it with `bring` where something was brought and with RayS in linf untargeted; where
+    it found nothing of `find_start`, towards a target of `imagine`; of `flip` in linf, unless RayS won; and of `inward`, 7 to 9
+    rows.
     """
-    flips = task.norm == "linf"
-    least = START if flips else None
-    point = yield from bring(task, guess, precision, least)
-    if point is None and flips and task.target is None:
-        ahead, point = (yield from race(task, [climb(task), turn_over(task, RayS.tolerance, once=True)])) or (0, None)
-        flips = ahead == 0
-    elif point is None:
-        point = yield from climb(task, least=least)
-    if point is None and task.target is not None:
+    flips, targeted = task.norm == "linf", task.target is not None
+    least = START if flips and targeted else None
+    searches: list[Start] = [] if task.start is None else [bring(task, guess, precision, least)]
+    searches.append(climb(task, least=least))
+    if flips and not targeted:
+        searches.append(turn_over(task, RayS.tolerance, once=True))
+    if len(searches) == 1:
+        point = yield from searches[0]
+    else:
+        ahead, point = (yield from race(task, searches)) or (0, None)
+        flips &= targeted or ahead < len(searches) - 1
+    if point is None and targeted:
         point = yield from imagine(task, least)
     climbed = point is not None
     if point is None:
@@ -65,25 +64,20 @@ def approach(task: Task, guess: float, precision: float) -> Generator[Query, Ans
     return point
 
 
-def bring(task: Task, guess: float, precision: float, least: float | None) -> Generator[Query, Answer, Tensor | None]:
-    """What comes of the start that was brought along [1,C,H,W]; None where there is none, or it does not reach the goal.
+def bring(task: Task, guess: float, precision: float, least: float | None) -> Start:
+    """What comes of the start that was brought along [1,C,H,W]; None where it does not reach the goal.
 
     Args: as `approach`, and `least` as `climb`.
 
-    Cost: 1 row, and if it reaches the goal 7 to 9 of a line search and `TRIES`, of which a climb may follow; towards a
-    target that climb alone.
+    Cost: 1 row, and where that reaches the goal 7 to 9 of a line search, towards a target those of a climb over pieces of it.
     """
-    if task.start is None:
-        return None
     if task.target is not None:
+        assert task.start is not None  # else it is not called
         return (yield from climb(task, Pieces(task, task.start[None]), least))
     point = yield from brought(task)
-    if point is None:
-        return None
-    point, _ = yield from inward(task, point, guess, precision)
-    far = float(distance(point - task.image, task.norm))
-    shorter = yield from climb(task, Wavelets(task, [far * (1 - STEP)] * TRIES), least)
-    return point if shorter is None else shorter
+    if point is not None:
+        point, _ = yield from inward(task, point, guess, precision)
+    return point
 
 
 def imagine(task: Task, least: float | None) -> Generator[Query, Answer, Tensor]:

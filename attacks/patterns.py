@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import ClassVar
 
 import torch
@@ -123,28 +123,21 @@ class Wavelets(Patterns):
     """Gabor wavelets sin(2 pi <f, p in pixels> + phase), in linf their signs; a new one is grey.
 
     A pattern begins with f in y and x (cycles a pixel) and the phase.
-
-    Args:
-        distances: at which it begins to try them, in the task's norm. Default: from NEAR a pixel, each GROWTH times as far as
-            the one before, until FAR; towards a target `WAVES` times FAR.
     """
 
     renewal, own = 4, (0.0, 0.0, 4.0)
 
-    def __init__(self, task: Task, distances: Sequence[float] | None = None) -> None:
+    def __init__(self, task: Task) -> None:
         super().__init__(task)
-        if distances is None:
-            unit = math.sqrt(self.image.numel()) if self.norm == "l2" else 1.0
-            growing = range(math.ceil(math.log(FAR / NEAR, GROWTH)))
-            pixel = [FAR] * WAVES if task.target is not None else [NEAR * GROWTH**k for k in growing]
-            distances = [each * unit for each in pixel]
-        self._distances = distances
         self._rates = torch.tensor([1.0, 1.0] + [0.0] * (len(self.usual) - 2), device=self.device)
+        self._targeted = task.target is not None
 
     def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for far in self._distances:
+        unit = math.sqrt(self.image.numel()) if self.norm == "l2" else 1.0
+        growing = range(math.ceil(math.log(FAR / NEAR, GROWTH)))
+        for far in [FAR] * WAVES if self._targeted else [NEAR * GROWTH**k for k in growing]:
             wavelet = self.new()
-            yield wavelet, self.row(wavelet, torch.tensor([far], device=self.device))
+            yield wavelet, self.row(wavelet, torch.tensor([far * unit], device=self.device))
 
     def new(self) -> Tensor:
         period, turn, phase = self.uniform(3).unbind()

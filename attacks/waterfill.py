@@ -7,6 +7,7 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
 - **Start.** A climb over the few numbers of a wavelet, or of a piece of a target image (`approach.py`): where the boundary is
   far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds. In linf
   rectangles of it are then turned over while that pays; untargeted, RayS replaces both if nearer after 30 rows (`race.py`).
+  A row that was brought along (`task.start`) is where the climb begins, if it reaches the goal.
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
   (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
   waves are long), are raised where v has its energy, and are learnt (`spectrum.py`).
@@ -74,10 +75,8 @@ N0 = {"l2": (20, 6), "linf": (20, 20)}
 """Rows of the first estimate, untargeted and towards a target."""
 NOISE = {"l2": 0.3, "linf": 0.15}
 """Noise over the distance: its length l2, or in linf its standard deviation a pixel."""
-PRECISION = 0.01
-"""Bracket at which a search ends, over the distance."""
-DEEP, FINEST = 0.85, 1e-4
-"""The share of successes from which on the search is made more precise, and how precise it becomes at most."""
+PRECISION, FINEST, DEEP = 0.01, 1e-4, 0.85
+"""Bracket at which a search ends, over the distance: usually, and at its finest, where more than the share DEEP succeeds."""
 HORIZON = 3.0
 """The queries shared out over those of one iteration: the evidence of about so many is combined."""
 HINT = (1 / 3, 1 / 6)

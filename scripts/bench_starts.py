@@ -2,6 +2,7 @@
 
     python scripts/bench_starts.py                              four contests of 50 images: a quarter of an hour
     python scripts/bench_starts.py --only towards --images 10 --skip 200
+    python scripts/bench_starts.py --cosines --skip 100 --images 24
 
 The attacker's own network is the other ResNet-20 (the data folder's and the zoo's: other weights, other training), on which
 foolbox's iterated gradient with momentum (Dong et al., CVPR 2018), each gradient a mean over noisy copies, makes a row for each
@@ -9,6 +10,8 @@ image, within --epsilon of it. The asked network answers labels. `carried over` 
 they are; each attack runs with `starts=` and without. The images are those of `bench_waterfill.py`. Cells are medians; the last
 column is the geometric mean over images and marks of the distance without the rows over that with them, with a 95 % bootstrap
 interval over images.
+With --cosines, what more the own network could tell: the cosine of its normals (white-box, means over noisy copies too) with
+those of the asked one, without their part along the ray, at points that `waterfill` reaches; medians over images.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_waterfill import curve, inputs, paired
+from eval_normals import boundary, normal
 
 from robustbox import run_attack
 from robustbox.statistics import median
@@ -93,16 +97,34 @@ def contest(asked: str, norm: str, targeted: bool, args: argparse.Namespace) -> 
             print("| " + " | ".join([side, *cells, pair]) + " |", flush=True)
 
 
+def cosines(asked: str, args: argparse.Namespace) -> None:
+    """Print how alike the normals of the two networks are."""
+    model, images, labels, _ = inputs(asked, args.skip, args.images)
+    owned = Noisy(inputs(OTHER[asked], 0, 1)[0])
+    torch.manual_seed(0)
+    for budget in (100, 300, 1000):
+        result = run_attack(model, images, labels, "waterfill", "l2", budget=budget)
+        each = []
+        for image, label, end in zip(images, labels.tolist(), result.adversarials, strict=True):
+            point, _ = boundary(model, image, label, end)
+            each.append(float((normal(model, image, label, point) * normal(owned, image, label, point)).sum()))
+        print(f"{asked}, {len(images)} images, {budget} queries: cosine {median(each):.3f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Attacks with rows to begin from, and without.")
     parser.add_argument("--only", nargs="+", default=list(CONTESTS), help="contests whose names begin so")
     parser.add_argument("--asked", nargs="+", choices=list(OTHER), default=list(OTHER))
     parser.add_argument("--images", type=int, default=50)
     parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--cosines", action="store_true", help="how alike the normals of the two networks are")
     parser.add_argument("--epsilon", type=float, help="radius of the rows that are made; default 4 in l2, 0.08 in linf")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for asked in args.asked:
+        if args.cosines:
+            cosines(asked, args)
+            continue
         for name, (norm, targeted) in CONTESTS.items():
             if name.startswith(tuple(args.only)):
                 contest(asked, norm, targeted, args)

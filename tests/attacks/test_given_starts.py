@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from robustbox import list_attacks, registry, run_attack
-from robustbox.attacks.approach import TRIES
-from robustbox.attacks.patterns import STEP
+from robustbox.attacks.race import LATE, TURN
+from robustbox.distances import distance
 from robustbox.errors import InputError
-from robustbox.protocol import ANSWERED, Answer
+from robustbox.protocol import ANSWERED, Answer, Norm
 from tests.attacks.analytic import Flat
 from tests.attacks.table import AWAY, MODES, SHAPE, Mode, Plane, images
 
@@ -178,20 +178,22 @@ def test_wrapped_attacks_and_foolbox_begin_from_them_too() -> None:
 # Waterfill
 
 
-def test_waterfill_stays_at_a_start_where_no_wavelet_is_nearer() -> None:
-    """A line search, TRIES wavelets a step nearer than the plane, where nothing is beyond it, and the estimates begin."""
+@pytest.mark.parametrize(("norm", "rivals"), [("l2", 1), ("linf", 2)])
+def test_waterfill_goes_on_from_a_start_that_its_rivals_do_not_come_near(norm: Norm, rivals: int) -> None:
+    """It is asked and shortened by turns with the climb (and RayS), which are given up after LATE rows each at most."""
     box = Asked()
-    run_attack(box, images(1), [0], "waterfill", budget=40, starts=near())
-    far = torch.stack([(row - images(1)[0]).norm() for row in box.rows[CLEAN : CLEAN + 40]])
-    labels = torch.tensor(box.labels[CLEAN : CLEAN + 40])
-    search = 8  # the start, 0.6 of the way from it, and log2(0.6 / 0.01) halvings
-    found = far[:search][labels[:search] == 1].min()
-    assert torch.allclose(far[search : search + TRIES], found * (1 - STEP), rtol=1e-4)
-    assert (far[search + TRIES :] > 0.95 * AWAY).all()
-    assert far[labels == 1].min() <= 1.01 * AWAY
+    result = run_attack(box, images(1), [0], "waterfill", norm, budget=300, starts=near())
+    far = distance(box.rows[CLEAN : CLEAN + 300] - images(1), norm)
+    asked = far[:TURN]
+    assert (asked <= asked[0]).all()  # the start, and the line to the image
+    assert far[TURN] < 0.5 * asked[0]  # the first wavelet
+    found = result.distance_at(2 * TURN + rivals * TURN)[0]
+    assert found <= 1.06 * asked[0] / 1.1
+    assert (far[2 * TURN + rivals * LATE : 80] < 2 * found).all()
+    assert result.distance_at(300)[0] < found
 
 
-def test_waterfill_climbs_from_a_start_that_is_further_than_wavelets() -> None:
+def test_waterfill_gives_up_a_start_that_is_further_than_its_climb() -> None:
     """Class 1 are fine waves, and what is dark, far from the image: a start there gives way to the waves."""
 
     def label(rows: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class NES(Attack):
             raise InputError("nes with top or copies starts from an image of a target class: give targets and a pool")
         if task.start is not None and not (self.top or self.copies):
             raise InputError(
-                "nes begins at the image itself but with top or copies: leave starts out, or give one of these"
+                "nes begins at the image itself unless top or copies is set: leave starts out, or set one of these"
             )
 
     def search(self, task: Task) -> Search:

@@ -7,7 +7,7 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
 - **Start.** A climb over the few numbers of a wavelet, or of a piece of a target image (`approach.py`): where the boundary is
   far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds. In linf
   rectangles of it are then turned over while that pays; untargeted, RayS replaces both if nearer after 30 rows (`race.py`).
-  A row that was brought along (`task.start`) is where the climb begins, if it reaches the goal.
+  A row that was brought along (`task.start`) races them too, towards a target by a climb over pieces of it.
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
   (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
   waves are long), are raised where v has its energy, and are learnt (`spectrum.py`).

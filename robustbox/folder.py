@@ -187,12 +187,13 @@ def read_adversarials(path: str | os.PathLike[str]) -> tuple[Tensor, list[str] |
     try:
         with safe_open(file, framework="pt") as content:
             rows: Tensor = content.get_tensor("adversarials")
-            originals = (content.metadata() or {}).get("sha256_of_originals")
-    except (OSError, SafetensorError) as error:
+            originals: list[str] | None = json.loads((content.metadata() or {}).get("sha256_of_originals", "null"))
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read as adversarials of a run: {error}") from None
-    if rows.ndim != 4:
-        raise InputError(f"the adversarials in {file} must have the shape [N,C,H,W], not {list(rows.shape)}")
-    return rows, None if originals is None else json.loads(originals)
+    if rows.ndim != 4 or (originals is not None and len(originals) != len(rows)):
+        what = f"the shape {list(rows.shape)}" + ("" if originals is None else f" and {len(originals)} hashes")
+        raise InputError(f"the adversarials in {file} must have the shape [N,C,H,W], and N hashes if any, not {what}")
+    return rows, originals
 
 
 def document_of(result: AttackResult, complete: bool = True) -> dict[str, Any]:

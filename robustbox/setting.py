@@ -96,7 +96,7 @@ def _starts(path: str, images: Tensor, levels: int | None) -> Tensor:
     if all(position is None for position in found):
         raise InputError(f"{path} has adversarials of other images: attack those that it was made of")
     none = torch.full(rows.shape[1:], torch.nan)
-    return torch.stack([none if position is None else rows[position] for position in found])
+    return torch.stack([none if position is None else rows[position].float() for position in found])
 
 
 def _rest(images: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor] | None:

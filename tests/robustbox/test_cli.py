@@ -140,26 +140,34 @@ def test_a_run_begins_from_rows_of_a_file(world: World) -> None:
     assert document["images"][2]["first_success"] > 1  # 0.1 is not beyond the half-space
 
 
-@pytest.mark.parametrize("problem", ["no file", "another tensor", "other images", "another number", "flat"])
+PROBLEMS = {
+    "no file": "cannot be read as adversarials",
+    "another tensor": "cannot be read as adversarials",
+    "no hashes": "cannot be read as adversarials",
+    "too many hashes": "must have the shape [N,C,H,W], and N hashes if any, not the shape [2, 3, 8, 8] and 3 hashes",
+    "other images": "has adversarials of other images",
+    "another number": f"has 2 rows and does not say for which images; {N} are attacked",
+    "flat": "must have the shape [N,C,H,W], and N hashes if any, not the shape [2, 3]",
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_starts_that_cannot_be_read_cost_nothing(
     problem: str, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    complaint = {
-        "no file": "cannot be read as adversarials",
-        "another tensor": "cannot be read as adversarials",
-        "other images": "has adversarials of other images",
-        "another number": f"has 2 rows and does not say for which images; {N} are attacked",
-        "flat": "must have the shape [N,C,H,W], not [2, 3]",
-    }[problem]
-    if problem == "other images":
-        hashes = json.dumps(["0" * 64])
-        save_file({"adversarials": torch.rand(1, *SHAPE)}, "a.safetensors", {"sha256_of_originals": hashes})
-    elif problem != "no file":
+    hashes = {
+        "no hashes": "[",
+        "too many hashes": json.dumps(["0" * 64] * 3),
+        "other images": json.dumps(["0" * 64] * 2),
+    }
+    if problem != "no file":
         name = "rows" if problem == "another tensor" else "adversarials"
-        save_file({name: torch.rand(2, 3) if problem == "flat" else torch.rand(2, *SHAPE)}, "a.safetensors")
+        metadata = {"sha256_of_originals": hashes[problem]} if problem in hashes else None
+        rows = torch.rand(2, 3) if problem == "flat" else torch.rand(2, *SHAPE)
+        save_file({name: rows}, "a.safetensors", metadata)
     assert run("--attack", "cgba", "--starts", "a.safetensors", "--out", "one") == 2
     message = capsys.readouterr().err
-    assert complaint in message
+    assert PROBLEMS[problem] in message
     assert message.count("\n") == 1
     assert world.box.rows == 0
     assert not Path("one").exists()

@@ -44,9 +44,9 @@ def run_attack(
     attack_options: Mapping[str, Any] | None = None,
     defense_options: Mapping[str, Any] | None = None,
     pool: tuple[Tensor | ArrayLike, Tensor | ArrayLike] | None = None,
-    starts: Tensor | ArrayLike | None = None,
     out: str | Path | RunFolder | None = None,
     *,
+    starts: Tensor | ArrayLike | None = None,
     total_budget: int | None = None,
     keep_going: bool = False,
     max_rows: int | Literal["auto"] = "auto",
@@ -81,10 +81,10 @@ def run_attack(
         device: where a model named by a string runs; "auto" takes CUDA where it is, and leaves modules where they stand.
         attack_options, defense_options: hyper-parameters of an attack or defense given by name.
         pool: (images, labels) that the attacker owns, for targeted starts; never the attacked ones.
-        starts: rows [N,C,H,W] found elsewhere that may reach the goal, one an image (NaN: none): adversarials of another model,
-            or of an earlier run. Each is asked first, at one query, and the search begins there if it does.
         out: a folder for config, journal, results and adversarials. A run that was stopped goes on from the journal when it
             is started again with the same arguments: what was answered is not asked again.
+        starts: rows [N,C,H,W] found elsewhere that may reach the goal, one an image (NaN: none): adversarials of another model,
+            or of an earlier run. Each is asked first, at one query, and the search begins there if it does.
         total_budget: queries that all images together may cost.
         keep_going: with an epsilon, do not stop at the first success but go on minimising.
         max_rows: rows fused into one forward pass; "auto" learns the fastest.

@@ -16,7 +16,7 @@ from robustbox.oracle import Oracle
 from robustbox.protocol import Attack, Defense, Norm
 
 _ASKED = ("norm", "epsilon", "budget", "total_budget", "knowledge", "levels", "seed", "keep_going", "eot", "accounts")
-_CHANCE = ("stochastic", "stateful", "max_rows", "seconds", "rows_per_second", "journal", "environment", "starts")
+_CHANCE = ("stochastic", "stateful", "max_rows", "seconds", "rows_per_second", "journal", "environment")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

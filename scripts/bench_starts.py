@@ -1,6 +1,6 @@
 """What rows to begin from are worth: adversarials of a network of the attacker's own, carried over to one that is only asked.
 
-    python scripts/bench_starts.py                              four contests of 50 images: a quarter of an hour
+    python scripts/bench_starts.py                              four contests of 50 images on each network: half an hour
     python scripts/bench_starts.py --only towards --images 10 --skip 200
     python scripts/bench_starts.py --cosines --skip 100 --images 24
 

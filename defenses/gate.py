@@ -21,7 +21,7 @@ from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, BlackBox, Def
 
 from .histories import Cell, Histories, History
 from .memory import Memory
-from .standing import Books, Standing
+from .standing import Books, Decision, Standing
 
 Action = Literal["reject", "ban", "silent", "decoy"]
 Scope = Literal["account", "global"]
@@ -106,6 +106,9 @@ class StatefulGate(BlackBox):
     With scope `account` an account's answers depend on its own queries alone, whatever else is in the pass; with scope
     `global` on the order of all rows, which the query loop fixes. The evaluator's rows (accounts below 0) are judged, and
     neither stored nor counted. Secrets come from (seed, scope), and stay when a history is reset.
+
+    Where the model fails, what was decided stands, though nobody has heard of it: an account that sends the same rows again
+    hears it then, and is not judged by its own first attempt.
     """
 
     stateful = True
@@ -128,13 +131,19 @@ class StatefulGate(BlackBox):
         Raises:
             InputError: the rows have a shape that the gate or its warm history does not take.
         """
-        status, asked, cells = self._decide(rows, accounts.tolist())
-        answer = self._ask(rows, accounts, status, asked)
-        for position, cell in cells.items():
-            if asked[position]:
+        senders = accounts.tolist()
+        decisions = self._decide(rows, senders)
+        try:
+            answer = self._ask(rows, accounts, decisions)
+        except BaseException:
+            self._books.put_by(rows, senders, decisions)
+            raise
+        cells = [(position, d.asked, d.cell) for position, d in enumerate(decisions) if d.cell is not None]
+        for position, asked, cell in cells:
+            if asked:
                 cell.answer = _one(answer, position)
-        for position, cell in cells.items():
-            if not asked[position] and cell.answer is not None:
+        for position, asked, cell in cells:
+            if not asked and cell.answer is not None:
                 answer.labels[position], answer.status[position] = cell.answer.labels[0], cell.answer.status[0]
                 if answer.scores is not None and cell.answer.scores is not None:
                     answer.scores[position] = cell.answer.scores[0]
@@ -161,8 +170,7 @@ class StatefulGate(BlackBox):
 
     # The decision, one row after the other.
 
-    def _decide(self, rows: Tensor, senders: list[int]) -> tuple[list[int], list[bool], dict[int, Cell]]:
-        """For each row its status, whether the model is asked about it, and under `decoy` the cell of its answer."""
+    def _decide(self, rows: Tensor, senders: list[int]) -> list[Decision]:
         start = time.perf_counter()
         standings = [self._books.standing(account) if account >= 0 else Standing() for account in senders]
         alive = [position for position, standing in enumerate(standings) if not standing.banned]
@@ -170,27 +178,25 @@ class StatefulGate(BlackBox):
         secrets = [history.secret for history in histories.values()]
         prints = self._defense.prints(rows if len(alive) == len(rows) else rows[alive], secrets) if alive else ()
         fingerprints = dict(zip(alive, prints, strict=True))
-        status, asked, cells = [BANNED] * len(senders), [False] * len(senders), dict[int, Cell]()
+        decisions = []
         for position, standing in enumerate(standings):
-            standing.rows += 1
-            if standing.banned:  # perhaps by a row before it in this pass
-                continue
-            self._books.judged += senders[position] >= 0
-            status[position], asked[position], cell = self._judge(
-                standing, histories[position], fingerprints[position], remember=senders[position] >= 0
-            )
-            if cell is not None:
-                cells[position] = cell
+            account = senders[position]
+            decision = self._books.taken_up(account, rows[position])
+            if decision is None:
+                standing.rows += 1
+                if standing.banned:  # perhaps by a row before it in this pass
+                    decision = Decision(BANNED, asked=False)
+                else:
+                    self._books.judged += account >= 0
+                    decision = self._judge(standing, histories[position], fingerprints[position], account >= 0)
+            decisions.append(decision)
         if self._defense.scope == "account":
             for account in {senders[i] for i in alive if standings[i].banned or senders[i] < 0}:
                 self._histories.drop(account)
         self._books.seconds += time.perf_counter() - start
-        return status, asked, cells
+        return decisions
 
-    def _judge(
-        self, standing: Standing, history: History, fingerprint: Any, remember: bool
-    ) -> tuple[int, bool, Cell | None]:
-        """One row: its status, whether the model is asked, and the cell of its answer under `decoy`."""
+    def _judge(self, standing: Standing, history: History, fingerprint: Any, remember: bool) -> Decision:
         defense = self._defense
         verdict = history.memory.judge(fingerprint)
         hit = verdict.hit
@@ -198,7 +204,7 @@ class StatefulGate(BlackBox):
         cell = history.cells.get(verdict.match) if hit else None  # a decoy's; none is to be had of a warm row
         asked = not refused and cell is None
         if not remember:
-            return REJECTED if refused else ANSWERED, asked, cell
+            return Decision(REJECTED if refused else ANSWERED, asked, cell)
         if defense.action == "decoy" and asked:
             cell = Cell()
         if not hit or defense.store_rejected:
@@ -209,11 +215,11 @@ class StatefulGate(BlackBox):
             standing.banned = defense.action == "ban" and standing.hits >= defense.strikes
             if defense.reset_on_hit:
                 self._histories.restart(history)
-        return REJECTED if refused else ANSWERED, asked, cell
+        return Decision(REJECTED if refused else ANSWERED, asked, cell)
 
-    def _ask(self, rows: Tensor, accounts: Tensor, status: list[int], asked: list[bool]) -> Answer:
+    def _ask(self, rows: Tensor, accounts: Tensor, decisions: list[Decision]) -> Answer:
         """The model's answers to the rows that it is asked, among refusals for the others."""
-        answer = None
+        answer, asked = None, [decision.asked for decision in decisions]
         if any(asked):
             which = torch.tensor(asked)
             everything = all(asked)
@@ -226,7 +232,7 @@ class StatefulGate(BlackBox):
         device = self.device if answer is None else answer.labels.device
         where = torch.tensor(asked, device=device).nonzero().flatten()
         labels = torch.full((len(rows),), -1, device=device)
-        statuses = torch.tensor(status, dtype=torch.uint8, device=device)
+        statuses = torch.tensor([decision.status for decision in decisions], dtype=torch.uint8, device=device)
         scores = None
         if answer is not None:
             labels[where], statuses[where] = answer.labels, answer.status

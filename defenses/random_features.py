@@ -90,7 +90,8 @@ class NoisyFeatures(BlackBox):
         self.device, self.input_shape, self.stateful = inner.device, inner.input_shape, inner.stateful
         self.classes, self.scores = inner.classes, inner.scores
         self.stochastic = inner.stochastic or (features.mode == "fresh" and features.nu > 0)
-        self.places, self._end = find(inner.module, features.places), Place("", inner.module, "post")
+        self.places = find(inner.module, features.places)
+        self._begin, self._end = Place("", inner.module, "pre"), Place("", inner.module, "post")
         self._features = features
         self._streams = RowStreams(inner.device, features.mode, seed, features.name)
 
@@ -115,16 +116,23 @@ class NoisyFeatures(BlackBox):
 
     @contextmanager
     def _noise(self, rows: Tensor, accounts: Tensor) -> Iterator[None]:
-        streams, passed = self._streams.open(rows, accounts), set()
-        n, features = len(rows), self._features
+        seeds, features, done = self._streams.seeds(rows, accounts), self._features, 0
+        places, passed = [self._begin, *self.places, self._end], set()
+        streams: list[torch.Generator] = []
 
         def noisy(k: int, h: Tensor) -> Tensor | None:
+            nonlocal streams, done
             passed.add(k)
-            if k == len(self.places):
+            if k == 0:  # what the device holds at once: perhaps a part of the rows, perhaps for a second time
+                streams = self._streams.begin(seeds[done : done + len(h)])
                 return None
-            if not h.ndim or h.shape[0] % n:
+            if k == len(places) - 1:
+                done, streams = done + len(streams), []
+                return None
+            n = len(streams)
+            if not n or not h.ndim or h.shape[0] % n:
                 raise InputError(
-                    f"at {self.places[k].name} the network holds a tensor {list(h.shape)} for {n} rows, not row by row"
+                    f"at {places[k].name} the network holds a tensor {list(h.shape)} for {n} rows, not row by row"
                 )
             noise = unit_noise(streams, h.numel() // n, h.device, features.distribution).view(h.shape).to(h.dtype)
             if features.scale == "abs":
@@ -132,12 +140,12 @@ class NoisyFeatures(BlackBox):
             spread = spread_of(h, n).mul_(features.nu).to(h.dtype).repeat_interleave(len(h) // n)
             return torch.addcmul(h, noise, spread.view(-1, *[1] * (h.ndim - 1)))
 
-        with intercepted([*self.places, self._end], noisy):
+        with intercepted(places, noisy):
             yield
         if self.inner.replayed:  # the network did not run
             return
-        for k, place in enumerate(self.places):
-            if k not in passed and len(self.places) in passed:  # not where a journal replayed the answer
+        for k, place in enumerate(places):
+            if k not in passed and len(places) - 1 in passed:  # not where a journal replayed the answer
                 raise InputError(f"the network does not pass through {place.name}, so no noise was added there")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -45,15 +46,20 @@ class RowStreams:
 
     def open(self, rows: Tensor, accounts: Tensor) -> list[torch.Generator]:
         """The streams of rows [n,C,H,W] that accounts [n] send, at their beginnings; the next call takes them back."""
+        return self.begin(self.seeds(rows, accounts))
+
+    def begin(self, seeds: Sequence[int]) -> list[torch.Generator]:
+        """The streams of these seeds, at their beginnings; the next call takes them back."""
         generators: list[torch.Generator] = self._pool.__dict__.setdefault("generators", [])
-        while len(generators) < len(rows):
+        while len(generators) < len(seeds):
             generators.append(torch.Generator(self._device))
-        opened = generators[: len(rows)]
-        for generator, seed in zip(opened, self._seeds(rows, accounts), strict=True):
+        opened = generators[: len(seeds)]
+        for generator, seed in zip(opened, seeds, strict=True):
             generator.manual_seed(seed)
         return opened
 
-    def _seeds(self, rows: Tensor, accounts: Tensor) -> list[int]:
+    def seeds(self, rows: Tensor, accounts: Tensor) -> list[int]:
+        """What the streams of rows [n,C,H,W] that accounts [n] send begin with; each row is counted."""
         if self._mode == "frozen":
             return [self._root] * len(rows)
         if self._mode == "hash":

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
+
+from robustbox.identity import sha256
+
+from .histories import Cell
 
 
 @dataclass(slots=True)
@@ -15,8 +23,17 @@ class Standing:
     banned: bool = False
 
 
+@dataclass(slots=True)
+class Decision:
+    """What a gate does with a row: its status, whether the model is asked, and under `decoy` the cell of its answer."""
+
+    status: int
+    asked: bool
+    cell: Cell | None = None
+
+
 class Books:
-    """The standings of a gate's accounts.
+    """The standings of a gate's accounts, and what was decided about rows of theirs that got no answer.
 
     Attributes:
         judged: queries that were judged, those of banned accounts and of the evaluator left out.
@@ -25,11 +42,29 @@ class Books:
 
     def __init__(self) -> None:
         self._accounts: dict[int, Standing] = {}
+        self._unanswered: dict[int, deque[tuple[str, Decision]]] = {}
         self.judged, self.seconds = 0, 0.0
 
     def standing(self, account: int) -> Standing:
         """What is held against an account; a fresh one if it was never heard of."""
         return self._accounts.setdefault(account, Standing())
+
+    def put_by(self, rows: Tensor, accounts: Sequence[int], decisions: Sequence[Decision]) -> None:
+        """Keep what was decided about rows [n,C,H,W] to which the model failed to give answers, the evaluator's left out."""
+        for row, account, decision in reversed([*zip(rows, accounts, decisions, strict=True)]):
+            if account >= 0:  # what waits already comes after these
+                self._unanswered.setdefault(account, deque()).appendleft((sha256(row), decision))
+
+    def taken_up(self, account: int, row: Tensor) -> Decision | None:
+        """What was put by about a row [C,H,W] that an account sends again; what it sends instead ends the waiting."""
+        waiting = self._unanswered.get(account)
+        if waiting is None:
+            return None
+        known, decision = waiting.popleft()
+        same = known == sha256(row)
+        if not same or not waiting:
+            del self._unanswered[account]
+        return decision if same else None
 
     def statistics(self, bytes_per_query: float) -> dict[str, object]:
         """Plain JSON values.

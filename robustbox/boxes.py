@@ -35,7 +35,12 @@ class LocalBox(BlackBox):
     integers [n]. Unless `scores` was declared, the first answer shows which; scores are probabilities where all its
     rows lie in [0, 1] and sum to 1 within 1e-3, and logits otherwise. NaN and a wrong number of rows are for the oracle
     to find.
+
+    A pass that the device cannot hold is halved until it fits, and later ones are asked in parts that fit. That happens here,
+    behind all defenses: what remembers rows or draws noise for them must see each of them once.
     """
+
+    _most: int | None = None  # rows that fit, once some did not
 
     @abstractmethod
     def _run(self, rows: Tensor) -> Any:
@@ -43,13 +48,13 @@ class LocalBox(BlackBox):
 
     @torch.no_grad()  # not inference_mode: a defense may want gradients of what it keeps
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
-        """Answer rows float32 [n,C,H,W] in [0, 1] in one pass of the model.
+        """Answer rows float32 [n,C,H,W] in [0, 1] in one pass of the model, or in as few as the device can hold.
 
         Raises:
-            ModelError: the model returned neither scores nor labels, or not those that it returned before.
+            ModelError: the model returned neither scores nor labels, or not those that it returned before; or the device
+                cannot hold a single row.
         """
-        returned = self._run(rows)
-        output = self._tensor(getattr(returned, "logits", returned), len(rows))
+        output = self._fitting(rows)
         if output.is_floating_point():
             kind = self.scores if self.scores in ("probability", "logit") else recognise(output)
             answer = Answer.of(output.argmax(dim=1), output)
@@ -62,6 +67,23 @@ class LocalBox(BlackBox):
             due, got = ("labels", "scores") if self.scores == "none" else ("scores", "labels")
             raise ModelError(f"{self.name} returned {got} where {due} were due: it must always return the same")
         return answer
+
+    def _fitting(self, rows: Tensor) -> Tensor:
+        """Scores [n,K] or integer labels [n], in passes that the device can hold."""
+        n = len(rows)
+        if self._most is None or n <= self._most:
+            try:
+                returned = self._run(rows)
+            except torch.OutOfMemoryError as error:
+                if n <= 1:
+                    raise ModelError(f"{self.name}: the device cannot hold one row: {error}") from error
+            else:
+                return self._tensor(getattr(returned, "logits", returned), n)
+            self._most = n // 2  # the error, and the memory that it holds on to, is gone by now
+        parts = [self._fitting(part) for part in rows.split(self._most)]
+        if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+            raise ModelError(f"{self.name} returned scores of one kind for some rows and of another for others")
+        return torch.cat(parts)
 
     def _tensor(self, returned: Any, n: int) -> Tensor:
         """Scores [n,K] or integer labels [n] as a tensor on `device`."""

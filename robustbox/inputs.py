@@ -16,6 +16,7 @@ from robustbox import registry
 from robustbox.defense_file import is_file, read_defense, takes_options
 from robustbox.errors import InputError, unknown_name
 from robustbox.identity import sha256
+from robustbox.options import check_options
 from robustbox.protocol import NORMS, Attack, BlackBox, Defense, Norm
 
 
@@ -145,10 +146,12 @@ def resolve_attack(attack: str | Attack, options: Mapping[str, Any] | None) -> A
             raise InputError("attack_options go with the name of an attack; this attack carries its own")
         if not isinstance(attack, Attack):
             raise InputError(f"attack must be a name or an Attack, not {type(attack).__name__}")
+        check_options(attack.name, attack)
         return attack
     built = _build("attack", registry.load("attacks", attack), attack, options)
     if not isinstance(built, Attack):
         raise InputError(f"'{attack}' is not an attack but a {type(built).__name__}")
+    check_options(attack, built)
     return built
 
 
@@ -168,6 +171,7 @@ def resolve_defenses(
     for item in built:
         if not isinstance(item, Defense):
             raise InputError(f"defense must be a name or a Defense, not {type(item).__name__}")
+        check_options(item.name, item)
     return built
 
 

@@ -18,7 +18,8 @@ from robustbox import registry
 from robustbox.defenses.gate import Action, Shape, StatefulDefense, StatefulGate
 from robustbox.defenses.gate import Scope as Whose
 from robustbox.defenses.memory import Memory, Verdict
-from robustbox.errors import InputError
+from robustbox.dispatch import joined
+from robustbox.errors import InputError, ModelError
 from robustbox.models.data import Data
 from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, BlackBox, Query, Search, Task
 from tests.toys import HalfSpace, Scripted, images
@@ -194,6 +195,50 @@ def test_accounts_do_not_meet(queries: list[Sent], strikes: int) -> None:
         alone = [query for query in queries if query[0] == account]
         letters = statuses(ask(StatefulGate(Echo(), defense, 0), alone, range(1, len(alone))))
         assert letters == "".join(x for x, (whose, _) in zip(together, queries, strict=True) if whose == account)
+
+
+class Failing(Echo):
+    """Fails in passes of these numbers, before it has answered anything."""
+
+    def __init__(self, passes: Sequence[int]) -> None:
+        super().__init__()
+        self.passes, self.asked = passes, 0
+
+    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        self.asked += 1
+        if self.asked in self.passes:
+            raise ModelError("planted")
+        return super().answer(rows, accounts)
+
+
+def patiently(gate: BlackBox, queries: Sequence[Sent], cuts: Sequence[int]) -> Answer:
+    """As `ask`, and what failed is sent again, in halves."""
+    try:
+        return ask(gate, queries, cuts)
+    except ModelError:
+        half = len(queries) // 2
+        return joined([patiently(gate, part, ()) for part in (queries[:half], queries[half:]) if part])
+
+
+@given(QUERIES | WIDE, GATES, st.sets(st.integers(1, 20), max_size=8))
+def test_rows_that_are_sent_again_since_the_model_failed_are_judged_once(
+    queries: list[Sent], defense: NearGate, failing: set[int]
+) -> None:
+    gate, calm = (StatefulGate(inner, defense, seed=0) for inner in (Failing([*failing]), Echo()))
+    answer, wanted = patiently(gate, queries, ()), ask(calm, queries)
+    assert statuses(answer) == statuses(wanted)
+    assert torch.equal(answer.labels, wanted.labels)
+    for key in ("rows", "hits", "banned_rows", "first_hit", "accounts_banned"):
+        assert gate.statistics()[key] == calm.statistics()[key]
+
+
+def test_a_row_that_failed_is_not_waited_for_for_ever() -> None:
+    gate = StatefulGate(Failing([2]), NearGate(), 0)
+    with pytest.raises(ModelError):
+        ask(gate, [(1, 50), (2, 50)], [1])
+    assert (
+        statuses(ask(gate, [(2, 90), (2, 50), (1, 90)])) == "ara"
+    )  # it went on to something else: a repeat is a repeat
 
 
 def test_antithetic_partners_in_one_pass_see_each_other() -> None:

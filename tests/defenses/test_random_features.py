@@ -82,6 +82,28 @@ def test_an_account_is_answered_alike_alone_in_company_and_in_passes_of_any_size
     torch.testing.assert_close(fused[[0, 1, 3, 4, 6, 7]], alone, **close)
 
 
+@pytest.mark.parametrize("mode", ["fresh", "hash"])
+def test_a_pass_that_the_device_cannot_hold_has_the_noise_that_it_would_have(mode: Any) -> None:
+    class Small(nn.Sequential):
+        holds = 9
+
+        def forward(self, h: Tensor) -> Tensor:
+            for k, layer in enumerate(self):
+                h = layer(h)
+                if k == 2 and len(h) > self.holds:  # after some of the noise was drawn
+                    raise torch.OutOfMemoryError("planted")
+            return h
+
+    def answers(holds: int) -> Tensor:
+        network = Small(*wide())
+        network.holds = holds
+        box = at_layer(nu=0.3, mode=mode).wrap(ModuleBox(network), 0)
+        found = [box.answer(rows(n), torch.arange(n) % 3).scores for n in (7, 9, 2)]
+        return torch.cat([scores for scores in found if scores is not None])
+
+    torch.testing.assert_close(answers(2), answers(9))
+
+
 def test_modes() -> None:
     x = rows(3)
     frozen = noise(at_layer(mode="frozen"), x, [[1, 2, 3], [1]])

@@ -161,6 +161,34 @@ class TestModules:
         assert not scores.is_inference()
         assert torch.is_grad_enabled()
 
+    @pytest.mark.parametrize("holds", [1, 3, 5])
+    def test_a_pass_that_the_device_cannot_hold_is_answered_in_parts(self, holds: int) -> None:
+        class Small(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.held: list[int] = []
+
+            def forward(self, rows: Tensor) -> Tensor:
+                if len(rows) > holds:
+                    raise torch.OutOfMemoryError("planted")
+                self.held.append(len(rows))
+                return logits(rows)
+
+        rows = torch.cat([ROWS, ROWS, ROWS[:1]])
+        box = ModuleBox(Small())
+        for _ in range(2):
+            answer = box.answer(rows, torch.zeros(11, dtype=torch.long))
+            torch.testing.assert_close(answer.scores, logits(rows))
+        assert sum(box.module.held) == 22
+
+    def test_a_row_that_the_device_cannot_hold_is_one_clear_line(self) -> None:
+        class Smaller(nn.Module):
+            def forward(self, rows: Tensor) -> Tensor:
+                raise torch.OutOfMemoryError("planted")
+
+        with pytest.raises(ModelError, match="cannot hold one row"):
+            ModuleBox(Smaller()).answer(ROWS, ACCOUNTS)
+
     def test_describe(self) -> None:
         model, same, other = network(), network(), network()
         with torch.no_grad():

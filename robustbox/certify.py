@@ -2,8 +2,9 @@
 
     python -m robustbox.certify --model digits-cnn --images 200 --sigma 0.25 --out runs/certified
 
-Writes a folder: `config.yaml`, one line an image in `images.jsonl` as soon as it is certified, and `certified.json`
-(docs/smoothing.md is its schema) at the end. The same command on a folder that was interrupted goes on with the next image.
+Writes a folder: `config.yaml`, `identity.json` (what its names stood for: weights, options, images), one line an image in
+`images.jsonl` as soon as it is certified, and `certified.json` (docs/smoothing.md is its schema) at the end. The same
+command on a folder that was interrupted goes on with the next image.
 Exit codes as those of `python -m robustbox.attack`.
 """
 
@@ -28,13 +29,15 @@ from robustbox.config import canonical, explained, spelled_out
 from robustbox.environment import environment
 from robustbox.errors import InputError, ModelError
 from robustbox.evaluator import undefended
+from robustbox.folder import replace_file
 from robustbox.identity import sha256
 from robustbox.oracle import Oracle
+from robustbox.provenance import record_of
 from robustbox.statistics import wilson
 
 PROGRAM = "python -m robustbox.certify"
 SCHEMA = 1
-CONFIG, IMAGES, CERTIFIED = "config.yaml", "images.jsonl", "certified.json"
+CONFIG, IDENTITY, IMAGES, CERTIFIED = "config.yaml", "identity.json", "images.jsonl", "certified.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,11 @@ def run(config: CertifyConfig) -> dict[str, Any]:
         print(f"{n} images, {rows} rows on the certify ledger; no row was asked")
         return {}
     folder = Path(config.out or f"certified-{config.model.replace(':', '-').replace('/', '-')}")
-    done = _claim(folder, config, name, n)
+    recipes = record_of(chain)
+    model = undefended(oracle).box.describe()
+    hashes = [sha256(image) for image in images]
+    identity = {"weights": model.get("weights_sha256"), "defenses": recipes, "images": hashes}
+    done = _claim(folder, config, name, n, identity)
     with (folder / IMAGES).open("a", encoding="utf-8") as book, tqdm(total=n, disable=config.quiet or None) as bar:
         bar.update(len(done))
         for i in range(len(done), n):
@@ -148,16 +155,16 @@ def run(config: CertifyConfig) -> dict[str, Any]:
             bar.update()
     document = {
         "schema": SCHEMA,
-        "model": undefended(oracle).box.describe(),
-        "defense": [{"name": recipe.name, "options": recipe.options()} for recipe in chain],
+        "model": model,
+        "defense": recipes,
         **{key: getattr(config, key) for key in ("sigma", "n0", "n", "alpha", "clip", "levels", "batch", "seed")},
         "norm": "l2",
         "data": name,
         "environment": environment(box.device),
         "summary": summary(done, labels, config.radii or _radii(certifier), rows),
         "images": [
-            {"index": i, "sha256": sha256(images[i]), "label": label, **c._asdict(), "correct": c.predicted == label}
-            for i, (c, label) in enumerate(zip(done, labels, strict=True))
+            {"index": i, "sha256": sha, "label": label, **c._asdict(), "correct": c.predicted == label}
+            for i, (c, label, sha) in enumerate(zip(done, labels, hashes, strict=True))
         ],
     }
     part = folder / f".{CERTIFIED}.part"
@@ -193,8 +200,11 @@ def _radii(certifier: Certifier) -> list[float]:
     return [k * certifier.sigma for k in range(int(certifier.largest / certifier.sigma) + 1)]
 
 
-def _claim(folder: Path, config: CertifyConfig, data: str, n: int) -> list[Certificate]:
+def _claim(folder: Path, config: CertifyConfig, data: str, n: int, identity: dict[str, Any]) -> list[Certificate]:
     """Take a folder, new or left by the same command, and give what is certified in it already.
+
+    Args:
+        identity: what the names in the command stand for: those of another one are certificates of something else.
 
     Raises:
         InputError: it holds something else, or cannot be written to.
@@ -207,11 +217,15 @@ def _claim(folder: Path, config: CertifyConfig, data: str, n: int) -> list[Certi
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / CONFIG).exists():
-            if any(folder.iterdir()):
+            if any(path.name != IDENTITY for path in folder.iterdir()):
                 raise InputError(f"the output folder {folder} holds something else: choose another one")
+            replace_file(folder / IDENTITY, (json.dumps(identity) + "\n").encode())
             (folder / CONFIG).write_text(text, encoding="utf-8")
         if (folder / CONFIG).read_text(encoding="utf-8") != text:
             raise InputError(f"the output folder {folder} holds another certification: choose another one")
+        then = json.loads((folder / IDENTITY).read_text(encoding="utf-8")) if (folder / IDENTITY).exists() else {}
+        if changed := [what for what, value in then.items() if value != json.loads(json.dumps(identity[what]))]:
+            raise InputError(f"the output folder {folder} holds certificates of other {changed[0]}: choose another one")
         book = folder / IMAGES
         lines = book.read_text(encoding="utf-8").splitlines(keepends=True) if book.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off

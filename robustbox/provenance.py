@@ -58,7 +58,7 @@ def meta_of(
     """
     meta: dict[str, Any] = {
         "model": undefended(oracle).box.describe(),
-        "defense": [{"name": recipe.name, "options": recipe.options()} for recipe in defenses],
+        "defense": record_of(defenses),
         "attack": {"name": attack.name, "options": attack.options()},
         "norm": rules.norm,
         "epsilon": rules.epsilon,
@@ -81,7 +81,12 @@ def meta_of(
         "environment": environment(oracle.box.device),
         "images": images,
     }
-    return {key: _plain(value) for key, value in meta.items()}
+    return {key: plain(value) for key, value in meta.items()}
+
+
+def record_of(defenses: Sequence[Defense]) -> list[dict[str, Any]]:
+    """Defenses, outermost first, as results name them: plain JSON values."""
+    return [{"name": recipe.name, "options": plain(recipe.options())} for recipe in defenses]
 
 
 def config_of(meta: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
@@ -116,14 +121,14 @@ def identity_of(
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON can hold it; what it cannot hold is named."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
         return str(value)  # plain, also of torch's own kind of string
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return getattr(value, "__qualname__", type(value).__qualname__)

@@ -152,6 +152,11 @@ class AttackResult:
         return np.where(first > 0, first, np.inf)
 
 
+def meets_gates(attack: str) -> bool:
+    """Whether an attack of this name adapts to gates that remember: OARS, or a rehearsal with an own copy, however wrapped."""
+    return not {"oars", "rehearsed"}.isdisjoint(attack.split(":"))
+
+
 def share_of(hits: int, n: int) -> dict[str, Any]:
     """A share with its 95 % Wilson interval, as results state it."""
     low, high = wilson(hits, n)

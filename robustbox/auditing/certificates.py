@@ -12,6 +12,8 @@ from typing import Any
 from robustbox.certify import CERTIFIED, CertifyConfig
 from robustbox.certify import run as certify
 from robustbox.errors import InputError, ModelError
+from robustbox.inputs import resolve_defenses
+from robustbox.protocol import Defense
 
 from .plan import System, data_of, images_of
 from .spec import AuditSpec, CertifyEntry, matches
@@ -30,9 +32,18 @@ class Certification:
         """Rows on the `certify` ledger."""
         return (self.config.images or 0) * (self.config.n0 + self.config.n)
 
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return Path(self.config.out or "")
+
+    def recipes(self) -> list[Defense]:
+        """What stands around the model, outermost first: a part of what is smoothed."""
+        return resolve_defenses(self.config.defense, None)
+
     def document(self) -> dict[str, Any] | None:
         """What `certified.json` holds; None where it is not done."""
-        path = Path(self.config.out or "") / CERTIFIED
+        path = self.folder / CERTIFIED
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def run(self) -> str | None:

@@ -34,11 +34,20 @@ class Estimate:
 
 
 def estimate(
-    spec: AuditSpec, plan: Plan, seen: dict[str, dict[str, Any]], certified: dict[str, int], everything: bool = False
+    spec: AuditSpec,
+    plan: Plan,
+    seen: dict[str, dict[str, Any]],
+    looked: dict[str, int],
+    certified: dict[str, int],
+    everything: bool = False,
 ) -> Estimate:
     """The estimate of a plan, from stated speeds or from those that the pre-flight saw; with what is done, where asked.
 
-    `certified`: rows that certificates of defended models, by id, will cost.
+    Args:
+        spec, plan: the audit.
+        seen: what the pre-flight saw, by the id of the defended model.
+        looked, certified: rows that looks at defended models, and their certificates, will cost at most, by id.
+        everything: with what is done.
     """
     rows: dict[str, int] = {}
     seconds: float | None = 0.0
@@ -50,9 +59,11 @@ def estimate(
         for cell in due:
             for phase, n in plan.worst[cell.id].items():
                 rows[phase] = rows.get(phase, 0) + n
-        if extra := certified.get(system.id, 0):
-            rows["certify"] = rows.get("certify", 0) + extra
-        total, rate = plan.rows(due) + extra, _rate(system, seen.get(system.id))
+        extra = {"verify": looked.get(system.id, 0), "certify": certified.get(system.id, 0)}
+        for phase, n in extra.items():
+            if n:
+                rows[phase] = rows.get(phase, 0) + n
+        total, rate = plan.rows(due) + sum(extra.values()), _rate(system, seen.get(system.id))
         cost = spec.price_per_1000 if system.model.price_per_1000 is None else system.model.price_per_1000
         if total:
             seconds = None if seconds is None or rate is None else seconds + total / rate

@@ -89,7 +89,7 @@ _TEXTS = {
     "no-adaptive-attack": (
         "its answers depend on earlier queries, and no attack of the audit adapts to that",
         "robust accuracy is an overestimate",
-        "add `oars:NAME` attacks",
+        "add `oars:NAME` or `rehearsed:NAME` attacks",
     ),
     "few-images": (
         "fewer than 100 images are attacked",

@@ -24,12 +24,11 @@ from robustbox.protocol import ANSWERED, Answer, BlackBox
 from robustbox.results import share_of
 from robustbox.statistics import clopper_pearson
 
+from .answers import decimals, differ
 from .flags import Flag, flag
 from .spec import PreflightEntry
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_TELLING = 8
-"""Scores that are neither 0 nor 1 which it takes to tell that all are rounded."""
 _BATCH = 64
 
 
@@ -54,10 +53,27 @@ class Subject:
     levels: int | None
     seed: int
 
+    @property
+    def natural(self) -> Tensor:
+        """Natural images that show false positives: those that are attacked, where there are no others."""
+        return self.images if self.benign is None else self.benign
+
 
 def look(subject: Subject, entry: PreflightEntry) -> dict[str, Any]:
     """What the pre-flight sees, as docs/audit.md describes it (`systems[].preflight`)."""
-    return _Look(subject, entry).report()
+    try:
+        looking = _Look(subject, entry)
+    except InputError as error:  # the defense cannot be put on it
+        why = " ".join(str(error).split())
+        found = {"error": why, "name": subject.model.name, "stateful": False, "rows": {}}
+        return {**_Look.nothing(), **found, "flags": [flag("fails", why).plain()]}
+    return looking.report()
+
+
+def most(subject: Subject, entry: PreflightEntry) -> int:
+    """The rows that a look takes at most."""
+    n = min(entry.images, len(subject.images))
+    return 8 * n + 1 + entry.copies + len(subject.natural[: entry.benign])
 
 
 class _Look:
@@ -73,7 +89,7 @@ class _Look:
 
     def report(self) -> dict[str, Any]:
         """Look, and say what was seen."""
-        box, found = self.oracle.box, self._nothing()
+        box, found = self.oracle.box, self.nothing()
         inner = self.subject.model
         answer = inner.answer
         inner.answer = self._counting(answer)  # type: ignore[assignment, method-assign]  # what a row costs inside
@@ -89,7 +105,7 @@ class _Look:
         return found
 
     @staticmethod
-    def _nothing() -> dict[str, Any]:
+    def nothing() -> dict[str, Any]:
         return {
             "error": None,
             "scores": None,
@@ -113,7 +129,7 @@ class _Look:
         right = (first.labels.numpy()[:n] == self.labels) & (first.status.numpy()[:n] == ANSWERED)
         found["clean"] = share_of(int(right.sum()), n)
         self._preparation(right, box.classes or int(max(self.labels.max(), first.labels.max())) + 1)
-        noisy = _differ(first, second)
+        noisy = differ(first, second)
         found["stochastic"] = box.stochastic or noisy
         if found["stochastic"]:
             self.flags.append(flag("stochastic", "seen" if noisy else "declared"))
@@ -169,8 +185,7 @@ class _Look:
 
     def _benign(self, found: dict[str, Any]) -> None:
         """Natural images, each once, from one account of a black box without a history."""
-        natural = self.subject.images if self.subject.benign is None else self.subject.benign
-        rows = natural[: self.entry.benign].to(self.oracle.box.device, torch.float32)
+        rows = self.subject.natural[: self.entry.benign].to(self.oracle.box.device, torch.float32)
         if not len(rows):
             return
         oracle = Oracle(self.subject.build(), "logit", self.subject.levels)
@@ -210,31 +225,6 @@ class _Look:
             return answer(rows, accounts)
 
         return counted
-
-
-def _differ(first: Answer, second: Answer) -> bool:
-    """Whether rows that were answered twice were answered differently, beyond rounding."""
-    both = (first.status == ANSWERED) & (second.status == ANSWERED)
-    if bool((first.labels != second.labels)[both].any()):
-        return True
-    if first.scores is None or second.scores is None:
-        return False
-    there = both.to(first.scores.device)
-    one, two = first.scores[there], second.scores[there]
-    return bool(((one - two).abs() > 1e-4 * (1 + one.abs())).any())
-
-
-def decimals(scores: Tensor) -> int | None:
-    """To how many decimals (1 to 5) scores are rounded; None where they are not, or where too few could tell."""
-    values = scores.detach().double().cpu().flatten()
-    for k in range(1, 6):
-        scaled = values * 10**k
-        telling = (scaled.abs() > 0.5) & ((values - 1).abs() * 10**k > 0.5)
-        if int(telling.sum()) >= _TELLING and bool(
-            ((scaled - scaled.round()).abs() < 1e-2 * 10 ** (k - 5) + 1e-5).all()
-        ):
-            return k
-    return None
 
 
 def _prepared(images: Tensor) -> list[tuple[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from robustbox.folder import finite, replace_file
 
 from .cells import Cell, Executor, Outcome, Watch, in_turn, read_cell, read_failure, run_cell
 from .certificates import certifications
+from .contents import Contents
 from .estimate import Estimate, estimate
 from .junit import write_junit
 from .loading import load
 from .page import write_audit_page
 from .plan import Plan, System, make_plan
-from .preflight import look
+from .preflight import look, most
 from .spec import AuditSpec
 from .summary import cell_summary, row_summary
 from .systems import benign_of, sees, subject_of, system_summary
@@ -97,6 +98,7 @@ class Audit:
         self.spec, self.world = spec, world
         self.folder = Path(out) if out is not None else Path("runs") / spec.name
         self.plan: Plan = make_plan(spec, world, self.folder)
+        self.contents = Contents(spec, world)
         self.certifications = list(certifications(spec, self.plan.systems, world, self.folder))
         self.seen: dict[str, dict[str, Any]] = {}
 
@@ -109,7 +111,7 @@ class Audit:
             raise InputError(f"another audit is running in {self.folder}") from None
         except OSError as error:
             raise InputError(f"the audit's folder {self.folder} cannot be written to: {error.strerror}") from error
-        self._check_models()
+        self._check_contents()
         text = yaml.safe_dump(self.spec.plain(), sort_keys=False, allow_unicode=True)
         replace_file(self.folder / AUDIT, text.encode())
         return self
@@ -117,28 +119,41 @@ class Audit:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def _check_models(self) -> None:
-        """Refuse to take what other weights answered for answers of a model."""
-        for system in self.plan.systems:
-            weights = self.world.box(system.model.model, self.spec.device).describe().get("weights_sha256")
-            for cell in self.plan.of(system):
-                then = (read_cell(cell.folder) or {}).get("model", {}).get("weights_sha256")
-                if None not in (then, weights) and then != weights:
-                    raise InputError(
-                        f"{system.model.name} has other weights than when {cell.folder} was run: choose another folder"
-                    )
+    def _check_contents(self) -> None:
+        """Refuse to take what was answered about something else for answers about what is audited."""
+        done = [
+            (system, system.recipes(), read_cell(cell.folder), cell.folder)
+            for system in self.plan.systems
+            for cell in self.plan.of(system)
+        ]
+        done += [(each.system, each.recipes(), each.document(), each.folder) for each in self.certifications]
+        for system, recipes, document, folder in done:
+            changed = None if document is None else self.contents.changed(system, recipes, document)
+            if changed is not None:
+                raise InputError(f"{changed} than when {folder} was written: choose another folder")
 
     def estimate(self, everything: bool = False) -> Estimate:
         """What the cells that are not done (or all) cost at most, as far as it is known by now."""
         due = [each for each in self.certifications if everything or each.document() is None]
-        return estimate(self.spec, self.plan, self.seen, {each.system.id: each.rows for each in due}, everything)
+        certified = {each.system.id: each.rows for each in due}
+        looked = {
+            system.id: most(subject_of(system, self.spec, self.world), self.spec.preflight)
+            for system in self.plan.systems
+            if everything or not self._look(system).exists()
+        }
+        return estimate(self.spec, self.plan, self.seen, looked, certified, everything)
+
+    def _look(self, system: System) -> Path:
+        """Where it stands what the pre-flight saw of a defended model; elsewhere, where anything about it is another."""
+        digest = self.contents.digest(system, asdict(self.spec.preflight))
+        return self.folder / "preflight" / f"{system.id}.{digest}.json"
 
     def preflight(self, note: Callable[[System], None] | None = None) -> None:
         """Look at every defended model that was not looked at before, and take out the cells that cannot be run on it."""
         for system in self.plan.systems:
             if note is not None:
                 note(system)
-            path = self.folder / "preflight" / f"{system.id}.json"
+            path = self._look(system)
             if path.exists():
                 seen = json.loads(path.read_text(encoding="utf-8"))
             else:
@@ -189,7 +204,8 @@ class Audit:
             system_summary(system, self.seen[system.id], self.plan.of(system), documents, certified.get(system.id))
             for system in self.plan.systems
         ]
-        found = verdicts(self.spec.thresholds, cells, documents, summaries, systems)
+        excluded = [each.cell for each in self.plan.excluded]
+        found = verdicts(self.spec.thresholds, cells, documents, summaries, systems, excluded)
         device = torch.device("cuda" if torch.cuda.is_available() and self.spec.device == "auto" else "cpu")
         ledgers = [seen["rows"] for seen in self.seen.values()] + [cell["rows"] or {} for cell in summaries.values()]
         ledgers += [its["summary"]["ledger"] for its in certified.values()]

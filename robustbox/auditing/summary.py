@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from robustbox.comparisons import mcnemar, sign_test
-from robustbox.results import MILESTONES, share_of
+from robustbox.results import MILESTONES, meets_gates, share_of
 from robustbox.statistics import Estimate, median_interval
 from robustbox.survival import followed, median_curve, median_queries, success_curve
 
@@ -111,11 +111,11 @@ def images_intact(document: Document) -> list[bool]:
 
 
 def _adaptive(there: Sequence[tuple[Cell, Document]]) -> bool:
-    """Whether some attack adapts to the defense: by EOT where it answers at random, by OARS where it remembers."""
+    """Whether some attack adapts to the defense: by EOT where it answers at random, by a wrapper where it remembers."""
     stochastic, stateful = (any(doc[what] for _, doc in there) for what in ("stochastic", "stateful"))
     eot = any(cell.config.eot > 1 for cell, _ in there)
-    oars = any(cell.config.attack.startswith("oars:") for cell, _ in there)
-    return (eot or not stochastic) and (oars or not stateful)
+    named = any(meets_gates(cell.config.attack) for cell, _ in there)
+    return (eot or not stochastic) and (named or not stateful)
 
 
 def _pair(one: tuple[Cell, Document], two: tuple[Cell, Document]) -> Document:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from robustbox import inputs
 from robustbox.protocol import BlackBox
+from robustbox.provenance import record_of
+from robustbox.results import meets_gates
 
 from .cells import Cell
 from .flags import Flag, flag
@@ -36,8 +38,13 @@ def subject_of(system: System, spec: AuditSpec, world: World) -> Subject:
 
 def benign_of(system: System, refused: Document) -> Document:
     """`benign/ID.json`: natural images that a defense refused."""
-    recipes = [{"name": recipe.name, "options": recipe.options()} for recipe in system.recipes()]
-    return {"schema": 1, "model": system.model.model, "defense": recipes, **refused, "confidence": 0.95}
+    return {
+        "schema": 1,
+        "model": system.model.model,
+        "defense": record_of(system.recipes()),
+        **refused,
+        "confidence": 0.95,
+    }
 
 
 def system_summary(
@@ -72,7 +79,7 @@ def _flags(seen: Document, cells: Sequence[Cell]) -> list[Flag]:
     flags = []
     if seen["stochastic"] and not any(cell.config.eot > 1 for cell in cells):
         flags.append(flag("no-eot"))
-    if seen["stateful"] and not any(cell.config.attack.startswith("oars:") for cell in cells):
+    if seen["stateful"] and not any(meets_gates(cell.config.attack) for cell in cells):
         flags.append(flag("no-adaptive-attack"))
     if cells and (n := cells[0].config.images or 0) < 100:
         flags.append(flag("few-images", f"{n} images"))

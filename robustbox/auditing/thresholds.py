@@ -10,6 +10,8 @@ from .cells import Cell
 from .spec import Threshold, matches
 from .summary import Document, row_summary
 
+_OF_SYSTEMS = ("clean-accuracy", "false-positives", "certified-accuracy")
+"""The metrics of defended models; the others are of cells or rows."""
 Measured = tuple[str, float | None, float | None, float | None]
 """Where, the value, and its interval from low to high; None where it was not measured."""
 
@@ -20,11 +22,13 @@ def verdicts(
     documents: dict[str, Document | None],
     summaries: dict[str, Document],
     systems: Sequence[Document],
+    excluded: Sequence[Cell] = (),
 ) -> list[Document]:
-    """Every threshold wherever it applies (`verdicts[]` of audit.json)."""
+    """Every threshold wherever it applies (`verdicts[]` of audit.json); `excluded` are the cells that cannot be run."""
     found = []
     for threshold in thresholds:
         places = list(_measured(threshold, cells, documents, summaries, systems))
+        places += [] if threshold.metric in _OF_SYSTEMS else _unmet(threshold, cells, excluded)
         for place, value, low, high in places or [("nowhere: no cell of this audit matches", None, None, None)]:
             worse = value if not threshold.confident else low if threshold.min is not None else high
             found.append(
@@ -57,7 +61,7 @@ def _measured(
     summaries: dict[str, Document],
     systems: Sequence[Document],
 ) -> Iterator[Measured]:
-    if threshold.metric in ("clean-accuracy", "false-positives", "certified-accuracy"):
+    if threshold.metric in _OF_SYSTEMS:
         yield from _of_systems(threshold, cells, summaries, systems)
         return
     chosen = [cell for cell in cells if _applies(threshold, cell)]
@@ -91,14 +95,25 @@ def _of_systems(
             continue
         place = f"{system['model']}, {system['defense']}"
         if threshold.metric == "false-positives":
-            if system["benign"] is not None:
-                benign = system["benign"]
+            benign, seen = system["benign"], system["preflight"]
+            if benign is not None:
                 yield place, benign["refused"] / benign["of"], benign["low"], benign["high"]
+            elif seen["error"] is not None or seen["stateful"]:
+                yield place, None, None, None
         elif threshold.metric == "certified-accuracy":
             found = (system["certified"] or {}).get(f"{threshold.radius:g}")
             yield f"{place}, radius {threshold.radius:g}", *_share(found)
         else:
             yield place, *_share(system["clean_accuracy"])
+
+
+def _unmet(threshold: Threshold, cells: Sequence[Cell], excluded: Sequence[Cell]) -> Iterator[Measured]:
+    """The defended models on which attacks would match, had they been possible, and none is run."""
+    met = {(cell.model, cell.defense) for cell in cells if _applies(threshold, cell)}
+    due = dict.fromkeys((cell.model, cell.defense) for cell in excluded if _applies(threshold, cell))
+    for model, defense in due:
+        if (model, defense) not in met:
+            yield f"{model}, {defense}: no attack could be run", None, None, None
 
 
 def rows_of(cells: Sequence[Cell]) -> list[list[Cell]]:

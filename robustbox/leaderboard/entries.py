@@ -16,7 +16,7 @@ from typing import Any
 
 from robustbox.leaderboard.sources import KIND, Run, Sources
 from robustbox.leaderboard.threats import Threat, broken, budgets_of, counts_under, distance_within, threats_of
-from robustbox.results import share_of
+from robustbox.results import meets_gates, share_of
 from robustbox.statistics import median_interval
 
 SCHEMA = 1
@@ -132,8 +132,8 @@ def _eot(runs: Sequence[Run]) -> bool | None:
 
 
 def _oars(runs: Sequence[Run]) -> bool | None:
-    """Whether some run was OARS's, where that is needed to be adaptive; else None."""
-    named = any(run.document["attack"]["name"].startswith("oars:") for run in runs)
+    """Whether some run's attack adapts to gates, where that is needed to be adaptive; else None."""
+    named = any(meets_gates(run.document["attack"]["name"]) for run in runs)
     return named if any(run.document["stateful"] for run in runs) else None
 
 

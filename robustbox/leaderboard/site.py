@@ -14,7 +14,7 @@ from robustbox.leaderboard.ranking import order, shared_budget, strongest
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-ADAPTIVE = {"eot": "EOT", "oars": "OARS"}
+ADAPTIVE = {"eot": "EOT", "oars": "OARS or a rehearsal"}
 """What the adaptive attacks are called that a stochastic and a stateful defense must be met with."""
 
 

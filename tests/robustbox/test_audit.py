@@ -23,6 +23,8 @@ from robustbox.auditing.cells import Cell, Outcome, Work, run_cell
 from robustbox.auditing.loading import load
 from robustbox.auditing.run import Audit
 from robustbox.auditing.world import World
+from robustbox.defense_file import write_defense
+from robustbox.defenses.bit_depth import BitDepth
 from robustbox.errors import InputError
 from robustbox.protocol import Answer
 from tests.schema import check_document
@@ -63,7 +65,10 @@ def test_every_row_is_counted_and_planning_costs_none(tmp_path: Path) -> None:
     ] * 2
     document = audit(tmp_path, {"spy": box}, defenses=["none", "input-noise"])
     assert document["rows_asked"] == box.rows
-    assert document["worst_case"]["rows"] == {"attack": 480, "verify": 424}
+    assert document["worst_case"]["rows"] == {
+        "attack": 480,
+        "verify": 424 + 2 * (8 * 4 + 6 + 8),
+    }  # the looks: of 4 images, 5 copies, 8 others
     assert [system["preflight"]["rows"] for system in document["systems"]] == [{"verify": 4 * 4 + 6}] * 2
     assert document["rows_asked"] == sum(sum(cell["rows"].values()) for cell in document["cells"]) + 44
 
@@ -127,8 +132,81 @@ def test_cells_of_another_model_are_not_taken_for_this_ones(tmp_path: Path) -> N
     rb.run_audit(SPEC, tmp_path, models={"spy": module}, data=data)
     with torch.no_grad():
         module[1].weight += 1e-3
-    with pytest.raises(InputError, match=r"spy has other weights than when .* was run: choose another folder"):
+    with pytest.raises(InputError, match=r"spy has other weights than when .* was written: choose another folder"):
         rb.run_audit(SPEC, tmp_path, models={"spy": module}, data=data)
+
+
+def test_results_about_another_defense_or_other_images_are_not_taken_for_these(tmp_path: Path) -> None:
+    box, file = HalfSpace(), tmp_path / "own.safetensors"
+    write_defense(file, BitDepth(bits=7), {})
+    behind = {"models": {"spy": box}, "data": dict(DATA)}
+    spec = SPEC | {"defenses": [{"defense": str(file), "name": "own"}]}
+    rb.run_audit(spec, tmp_path / "out", **behind)
+    asked = box.rows
+    write_defense(file, BitDepth(bits=2), {})
+    with pytest.raises(InputError, match=r"own has other options or another file than when .* was written: choose"):
+        rb.run_audit(spec, tmp_path / "out", **behind)
+    write_defense(file, BitDepth(bits=7), {})
+    for other in ((DATA["planted"][0].flip(0), DATA["planted"][1]), (DATA["planted"][0], DATA["planted"][1] + 1)):
+        with pytest.raises(InputError, match="spy is attacked on other images or labels"):
+            rb.run_audit(spec, tmp_path / "out", models={"spy": box}, data={"planted": other})
+    rb.run_audit(spec, tmp_path / "out", **behind)
+    assert box.rows == asked
+
+
+def test_what_changed_is_looked_at_again(tmp_path: Path) -> None:
+    box = HalfSpace()
+
+    def look(**options: Any) -> tuple[int, int]:
+        """How many looks there are by now, and natural images that were refused."""
+        gate = {"defense": "blacklight", "options": {"width": 1, "salt": "none", **options}}
+        document = audit(tmp_path, {"spy": box}, defenses=[gate], attacks=["random"])
+        written = json.loads((tmp_path / "out" / "benign" / "spy.blacklight.json").read_text())
+        assert written["defense"][0]["options"]["threshold"] == options["threshold"]
+        assert written["refused"] == document["systems"][0]["benign"]["refused"]
+        return len([*(tmp_path / "out" / "preflight").iterdir()]), written["refused"]
+
+    assert look(threshold=50) == (1, 0)
+    assert look(threshold=1) == (2, 7)  # all but the first: windows of one value are in every image
+    assert look(threshold=50) == (2, 0)
+
+
+def test_what_a_threshold_could_not_measure_does_not_hold(tmp_path: Path) -> None:
+    def verdicts(models: dict[str, Any], metric: str, **changes: Any) -> dict[str, bool]:
+        both = [{"model": name, "data": "planted"} for name in models]
+        bound = [{"metric": metric, "min": 0.0}]
+        document = audit(tmp_path, models, metric + "".join(changes), models=both, thresholds=bound, **changes)
+        return {verdict["where"].partition(",")[0]: verdict["holds"] for verdict in document["verdicts"]}
+
+    class Labels(HalfSpace):
+        scores = "none"
+
+        def answer(self, rows: torch.Tensor, accounts: torch.Tensor) -> Answer:
+            return Answer.of(super().answer(rows, accounts).labels)
+
+    models = {"spy": HalfSpace(), "labels": Labels()}
+    assert verdicts(models, "robust-accuracy", attacks=["square"]) == {"spy": True, "labels": False}
+    assert verdicts(models, "robust-accuracy") == {"spy": True, "labels": True}  # by the attack that could be run
+    gates = {"spy": HalfSpace(), "dead": Failing(0, lambda answer: 1 / 0)}  # type: ignore[arg-type, return-value]
+    assert verdicts(gates, "false-positives", defenses=["blacklight"]) == {"spy": True, "dead": False}
+
+
+def test_a_defense_that_cannot_be_put_on_a_model_is_no_end_of_the_audit(tmp_path: Path) -> None:
+    document = audit(tmp_path, defenses=["none", "random-features"])
+    assert {cell["defense"] for cell in document["excluded"]} == {"random-features"}
+    assert [system["preflight"]["error"] is None for system in document["systems"]] == [True, False]
+    assert {cell["status"] for cell in document["cells"]} == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("attack", "adapts"), [("rehearsed:random", True), ("oars:hop-skip-jump", True), ("blinded:random", False)]
+)
+def test_oars_and_rehearsals_adapt_to_gates(attack: str, adapts: bool, tmp_path: Path) -> None:
+    threat = {"norm": "l2", "epsilon": 0.5, "accounts": "any"}
+    document = audit(tmp_path, defenses=["blacklight"], attacks=[attack], threats=[threat])
+    assert document["rows"][0]["adaptive"] is adapts
+    codes = {flag["code"] for flag in document["systems"][0]["flags"]}
+    assert ("no-adaptive-attack" in codes) is not adapts
 
 
 def test_another_executor_gives_the_same_audit(tmp_path: Path) -> None:
@@ -259,8 +337,9 @@ def test_exit_codes_say_whether_thresholds_hold(tmp_path: Path, capsys: pytest.C
     out = str(tmp_path / "out")
     assert main([written(tmp_path, **few, thresholds=[fine]), "--dry-run", "--out", out]) == 0
     shown = capsys.readouterr().out
-    assert "at most 372 rows" in shown
-    assert "at most 0.74 EUR" in shown
+    look = 8 * 4 + 1 + 4 + (360 - 6)  # 4 images, 4 copies, and the digits that are not attacked
+    assert f"at most {372 + look} rows" in shown
+    assert f"at most {(372 + look) / 500:.2f} EUR" in shown
     assert not Path(out).exists()
     assert main([written(tmp_path, **few, thresholds=[fine]), "--out", out]) == 0
     assert main([written(tmp_path, **few, thresholds=[fine, missed]), "--out", out]) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from robustbox import certify
 from robustbox.certificates import ABSTAINED, Certificate, Certifier, certified_share, lower_bound, radius
+from robustbox.defense_file import write_defense
+from robustbox.defenses.bit_depth import BitDepth
 from robustbox.errors import InputError
 from robustbox.oracle import Oracle
 from robustbox.protocol import REJECTED, Answer, BlackBox
@@ -172,6 +175,36 @@ def test_the_folder_is_as_documented_and_goes_on_where_it_was_cut_off(tmp_path: 
     assert certify.main([*ARGUMENTS, "--out", str(cut)]) == 0
     assert json.loads((cut / "certified.json").read_text()) == document
     assert document["summary"]["ledger"] == {"certify": 4 * 220}
+
+
+def test_certificates_of_another_defense_or_other_images_are_not_taken_for_these(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, data = tmp_path / "own.safetensors", tmp_path / "own.npz"
+    draw = np.random.default_rng(0)
+
+    def written(bits: int, images: np.ndarray[Any, Any]) -> list[str]:
+        write_defense(file, BitDepth(bits=bits), {})
+        np.savez(data, images=images, labels=np.zeros(2, dtype=np.int64))
+        return [
+            *ARGUMENTS,
+            "--images",
+            "2",
+            "--defense",
+            str(file),
+            "--data",
+            f"npz:{data}",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+
+    images = draw.random((2, 1, 8, 8), dtype=np.float32)
+    assert certify.main(written(7, images)) == 0
+    assert certify.main(written(2, images)) == 2
+    assert "holds certificates of other defenses: choose another one" in capsys.readouterr().err
+    assert certify.main(written(7, 1 - images)) == 2
+    assert "holds certificates of other images: choose another one" in capsys.readouterr().err
+    assert certify.main(written(7, images)) == 0
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from robustbox.auditing.answers import decimals
 from robustbox.auditing.flags import CODES, flag
-from robustbox.auditing.preflight import Subject, decimals, look
+from robustbox.auditing.preflight import Subject, look
 from robustbox.auditing.spec import PreflightEntry
 from robustbox.boxes import CallableBox
 from robustbox.protocol import REJECTED, Answer, BlackBox

@@ -117,7 +117,7 @@ class StatefulGate(BlackBox):
         self.inner: BlackBox = inner
         self.name = f"{inner.name} behind {defense.name}"
         self.device, self.input_shape, self.stochastic = inner.device, inner.input_shape, inner.stochastic
-        self.classes, self.scores = inner.classes, inner.scores
+        self.classes, self.scores, self.levels = inner.classes, inner.scores, inner.levels
         self._defense, self._seed = defense, seed
         self._books = Books()
         if inner.input_shape is not None:
@@ -225,8 +225,7 @@ class StatefulGate(BlackBox):
             everything = all(asked)
             part = rows if everything else rows[which.to(rows.device)]
             answer = self.inner.answer(part, accounts if everything else accounts[which])
-            # A callable shows these with its first answer.
-            self.classes, self.scores = self.inner.classes, self.inner.scores
+            self.classes, self.scores = self.inner.classes, self.inner.scores  # a callable shows them by now
             if everything:
                 return answer
         device = self.device if answer is None else answer.labels.device

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from robustbox.errors import InputError
 from robustbox.identity import stream
-from robustbox.protocol import Answer, BlackBox, Defense
+from robustbox.protocol import BlackBox, Defense
+
+from .transforms import Transformed
 
 
 @dataclass(frozen=True)
@@ -46,37 +48,27 @@ class InputNoise(Defense):
         return NoisyInputs(box, self, seed)
 
 
-class NoisyInputs(BlackBox):
+class NoisyInputs(Transformed):
     """A black box behind `InputNoise`.
 
     Each account draws from a stream of its own, seeded by (seed, account), row after row: what it is answered depends
     neither on its neighbours nor on how rows are fused into passes.
     """
 
-    stochastic = True
-
     def __init__(self, inner: BlackBox, noise: InputNoise, seed: int) -> None:
-        self.inner: BlackBox = inner
-        self.name = f"{inner.name} behind {noise.name}"
-        self.device, self.input_shape, self.stateful = inner.device, inner.input_shape, inner.stateful
-        self.classes, self.scores = inner.classes, inner.scores
+        super().__init__(inner, noise)
+        self.stochastic = True
         self._noise, self._seed = noise, seed
         self._streams: dict[int, torch.Generator] = {}
 
-    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
-        """Answer rows float32 [n,C,H,W] in [0, 1], each with noise drawn for it alone."""
+    def transform(self, rows: Tensor, accounts: Tensor) -> Tensor:
+        """Rows [n,C,H,W], each with noise drawn for it alone."""
         noise = torch.empty_like(rows)
         # A draw for each row: one draw of n rows takes other numbers from a generator than n draws of one.
         for row, account in zip(noise, accounts.tolist(), strict=True):
             row.normal_(generator=self._stream(account))
         noisy = torch.add(rows, noise, alpha=self._noise.sigma)
-        answer = self.inner.answer(noisy.clamp_(0, 1) if self._noise.clip else noisy, accounts)
-        self.classes, self.scores = self.inner.classes, self.inner.scores  # a callable shows them with its first answer
-        return answer
-
-    def describe(self) -> dict[str, object]:
-        """What a result must record: the model behind, and the noise."""
-        return {**super().describe(), "options": self._noise.options(), "inner": self.inner.describe()}
+        return noisy.clamp_(0, 1) if self._noise.clip else noisy
 
     def _stream(self, account: int) -> torch.Generator:
         if account not in self._streams:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from robustbox.distances import rounded
 from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, REJECTED, Answer, BlackBox, Defense
 
@@ -99,7 +100,7 @@ class SmoothedBox(Outer):
             if chosen.clip or self.levels is not None:
                 copies.clamp_(0, 1)
             if self.levels is not None:  # rows travel on a grid: rounding is a part of what is smoothed
-                copies.mul_(self.levels - 1).round_().div_(self.levels - 1)
+                copies = rounded(copies, self.levels)
             for part in copies.split(chosen.batch):
                 answer = self._inner_answer(part, torch.full((len(part),), account))
                 labels.append(answer.labels)

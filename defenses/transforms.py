@@ -6,6 +6,7 @@ from abc import abstractmethod
 
 from torch import Tensor
 
+from robustbox.distances import rounded
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, BlackBox, Defense
 
@@ -37,12 +38,20 @@ class Outer(BlackBox):
 
 
 class Transformed(Outer):
-    """A black box that is shown rows other than those that were sent."""
+    """A black box that is shown rows other than those that were sent.
+
+    Any rows are taken; what becomes of them is put on the grid of a black box behind that knows only so many levels.
+    """
+
+    def __init__(self, inner: BlackBox, recipe: Defense) -> None:
+        super().__init__(inner, recipe)
+        self.levels = None
 
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
         """Answer rows float32 [n,C,H,W] in [0, 1] as the black box behind answers what becomes of them."""
-        return self._inner_answer(self.transform(rows), accounts)
+        shown, levels = self.transform(rows, accounts), self.inner.levels
+        return self._inner_answer(shown if levels is None else rounded(shown.clamp(0, 1), levels), accounts)
 
     @abstractmethod
-    def transform(self, rows: Tensor) -> Tensor:
-        """What becomes of rows [n,C,H,W], each by itself."""
+    def transform(self, rows: Tensor, accounts: Tensor) -> Tensor:
+        """What becomes of rows [n,C,H,W] that accounts [n] send, each by itself."""

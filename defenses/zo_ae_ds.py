@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from robustbox.errors import InputError
-from robustbox.protocol import Answer, BlackBox, Defense
+from robustbox.protocol import BlackBox, Defense
 
+from .transforms import Transformed
 from .zo_networks import Guard
 
 
@@ -84,26 +85,15 @@ class ZOAEDS(Defense):
         return Guarded(box, self.guard.to(box.device), self)
 
 
-class Guarded(BlackBox):
+class Guarded(Transformed):
     """A black box that sees rows only through the networks."""
 
     def __init__(self, inner: BlackBox, guard: Guard, recipe: ZOAEDS) -> None:
-        self.inner: BlackBox = inner
-        self.name = f"{inner.name} behind {recipe.name}"
-        self.device, self.input_shape, self.stateful = inner.device, inner.input_shape, inner.stateful
-        self.classes, self.scores, self.stochastic = inner.classes, inner.scores, inner.stochastic
-        self._guard, self._recipe = guard, recipe
+        super().__init__(inner, recipe)
+        self._guard = guard
 
     @torch.no_grad()
-    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
-        """Answer rows [n,C,H,W] for what the networks make of them, on the grid of a model that takes only one."""
-        made, levels = self._guard(rows), self.inner.levels
-        if levels is not None:
-            made = made.clamp_(0, 1).mul_(levels - 1).round_().div_(levels - 1)
-        answer = self.inner.answer(made, accounts)
-        self.classes, self.scores = self.inner.classes, self.inner.scores
-        return answer
-
-    def describe(self) -> dict[str, object]:
-        """What a result must record: the model behind, and the defense."""
-        return {**super().describe(), "options": self._recipe.options(), "inner": self.inner.describe()}
+    def transform(self, rows: Tensor, accounts: Tensor) -> Tensor:
+        """What the networks make of rows [n,C,H,W]."""
+        made: Tensor = self._guard(rows)
+        return made

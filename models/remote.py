@@ -72,6 +72,8 @@ class RemoteBox(BlackBox):
             self._introduce()
         else:
             self.scores = "none" if service.response.scores is None else service.response.kind
+            if service.response.names is not None:  # a list of the best, in which what is missing has 0
+                self.scores = "probability"
             self._dialect = Template(service.request, service.response, self.classes)
             self.classes = self._dialect.classes
             self._url = service.url

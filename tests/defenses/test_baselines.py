@@ -18,9 +18,12 @@ from robustbox import registry
 from robustbox.boxes import CallableBox
 from robustbox.defenses.aaa import AAA, margin
 from robustbox.defenses.bit_depth import BitDepth
+from robustbox.defenses.blacklight import Blacklight
+from robustbox.defenses.input_noise import InputNoise
 from robustbox.defenses.jpeg import JPEG
 from robustbox.defenses.logit_noise import LogitNoise
 from robustbox.defenses.median import Median
+from robustbox.defenses.smoothing import Smoothing
 from robustbox.errors import InputError
 from robustbox.protocol import REJECTED, Answer, BlackBox, Defense
 
@@ -53,6 +56,19 @@ def seen(defense: Defense, x: Tensor) -> Tensor:
     assert torch.equal(x, kept)  # the caller's rows are the caller's
     assert not box.stochastic
     return inner.seen[0]
+
+
+@pytest.mark.parametrize(
+    "defense", [InputNoise(sigma=0.5), BitDepth(bits=3), BitDepth(bits=5), Median(), JPEG(), Smoothing(n=4)]
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_model_on_a_grid_sees_rows_of_its_grid(defense: Defense, gated: bool) -> None:
+    inner = Echo(shape=(3, 12, 10))
+    inner.levels = 16
+    box = Blacklight(action="silent").wrap(inner, 0) if gated else inner
+    defense.wrap(box, 0).answer(rows().mul(15).round_().div_(15), torch.arange(3))
+    shown = torch.cat(inner.seen)
+    assert torch.equal(shown, shown.clamp(0, 1).mul(15).round().div(15))
 
 
 @pytest.mark.parametrize("bits", [1, 3, 5, 8])

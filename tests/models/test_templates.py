@@ -286,7 +286,7 @@ token_header: X-Key
 token_prefix: ""
 concurrency: 4
 request: {{body: multipart, encoding: png, form_field: upload}}
-response: {{scores: "data.top[*].p", names: "data.top[*].name", classes: [dark, bright], kind: probability, banned: [403]}}
+response: {{scores: "data.top[*].p", names: "data.top[*].name", classes: [dark, bright], banned: [403]}}
 """
         )
         box = as_black_box(f"remote:{tmp_path}/shop.yaml")

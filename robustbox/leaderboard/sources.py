@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -69,12 +69,14 @@ def find(paths: Iterable[Path]) -> Sources:
     Raises:
         InputError: a path that is not there, or a file that cannot be read.
     """
-    sources = Sources()
+    sources, seen = Sources(), set[Path]()
     for root in paths:
         if not root.exists():
             raise InputError(f"there is no {root}")
-        for path in _files(root):
-            _take(path, root, sources)
+        for path in [root] if root.is_file() else sorted(root.rglob("*.json")):
+            if path.resolve() not in seen:  # roots may overlap
+                seen.add(path.resolve())
+                _take(path, root, sources)
     return sources
 
 
@@ -93,17 +95,6 @@ def read_json(path: Path) -> Any:
 def file_sha256(path: Path) -> str:
     """The hash of a file's bytes, as hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _files(root: Path) -> Iterator[Path]:
-    if root.is_file():
-        yield root
-        return
-    seen = set()
-    for path in sorted(root.rglob("*.json")):
-        if path.resolve() not in seen:
-            seen.add(path.resolve())
-            yield path
 
 
 def _take(path: Path, root: Path, sources: Sources) -> None:

@@ -31,10 +31,10 @@ def verify(path: Path, folders: Sequence[Path]) -> list[str]:
     check_entry(entry)
     sources = find(folders)
     hashes = {tuple(run.hashes().values()): run for run in sources.runs}
-    wanted = {a["run"]["folder"]: _hashes(a) for threat in entry["threats"] for a in threat["attacks"]}
-    missing = [folder for folder, its in wanted.items() if its not in hashes]
-    wrong = [_why_missing(folder, wanted[folder], sources.runs) for folder in missing]
-    runs = [hashes[its] for its in wanted.values() if its in hashes]
+    wanted = {_hashes(a): a["run"]["folder"] for threat in entry["threats"] for a in threat["attacks"]}
+    missing = [its for its in wanted if its not in hashes]  # by hash: folders under several roots may have one name
+    wrong = [_why_missing(wanted[its], its, sources.runs) for its in missing]
+    runs = [hashes[its] for its in wanted if its in hashes]
     for run in runs:
         try:
             wrong += [f"{run.name}: {line}" for line in ask_again(run)]

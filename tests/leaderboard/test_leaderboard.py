@@ -95,6 +95,19 @@ def test_a_true_entry_is_verified(site: Path, runs: Path, name: str, capsys: pyt
     assert capsys.readouterr().out == f"{name}: everything is as the entry says\n"
 
 
+def test_roots_may_overlap_and_their_folders_may_have_one_name(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for root, name in (("one", "bare"), ("two", "random")):
+        shutil.copytree(runs / name, tmp_path / root / "run")
+    roots = [str(tmp_path / root) for root in ("one", "two", "one/run")]
+    assert len(find(map(Path, roots)).runs) == 2
+    assert main([*roots, "--out", str(tmp_path / "site"), "--no-cost"]) == 0
+    capsys.readouterr()
+    assert main(["--verify", str(tmp_path / "site" / "entries" / "digits-cnn.json"), *roots]) == 0
+    assert capsys.readouterr().out == "digits-cnn: everything is as the entry says\n"
+
+
 def test_images_that_stood_against_pixels_are_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", "digits-cnn", "--images", "6", "--attack", "random-pixels", "--epsilon", "1", "--budget", "8"]
     assert attack([*words, "--quiet", "--out", str(tmp_path / "runs" / "pixels")]) == 0

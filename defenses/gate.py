@@ -18,6 +18,7 @@ from torch import Tensor
 
 from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, BlackBox, Defense
+from robustbox.records import Noticed, together
 
 from .histories import Cell, Histories, History
 from .memory import Memory
@@ -141,12 +142,10 @@ class StatefulGate(BlackBox):
         cells = [(position, d.asked, d.cell) for position, d in enumerate(decisions) if d.cell is not None]
         for position, asked, cell in cells:
             if asked:
-                cell.answer = _one(answer, position)
+                cell.keep(answer, position)
         for position, asked, cell in cells:
-            if not asked and cell.answer is not None:
-                answer.labels[position], answer.status[position] = cell.answer.labels[0], cell.answer.status[0]
-                if answer.scores is not None and cell.answer.scores is not None:
-                    answer.scores[position] = cell.answer.scores[0]
+            if not asked:
+                cell.give(answer, position)
         return answer
 
     def describe(self) -> dict[str, object]:
@@ -167,6 +166,10 @@ class StatefulGate(BlackBox):
     def standing(self, account: int) -> Standing:
         """What the gate holds against an account; a fresh one if it was never heard of."""
         return self._books.standing(account)
+
+    def noticed(self, account: int) -> Noticed | None:
+        """The hits of an account and the first of them; those of a gate behind this one included."""
+        return together([self._books.noticed(account), self.inner.noticed(account)])
 
     # The decision, one row after the other.
 
@@ -241,10 +244,3 @@ class StatefulGate(BlackBox):
         elif self.classes is not None and self.scores in ("probability", "logit"):
             scores = torch.full((len(rows), self.classes), torch.nan, device=device)
         return Answer(labels, scores, statuses)
-
-
-def _one(answer: Answer, position: int) -> Answer:
-    """A row's share of an answer."""
-    part = slice(position, position + 1)
-    scores = None if answer.scores is None else answer.scores[part].clone()
-    return Answer(answer.labels[part].clone(), scores, answer.status[part].clone())

@@ -27,6 +27,19 @@ class Cell:
 
     answer: Answer | None = None
 
+    def keep(self, answer: Answer, position: int) -> None:
+        """Take over a row's share of an answer."""
+        part = slice(position, position + 1)
+        scores = None if answer.scores is None else answer.scores[part].clone()
+        self.answer = Answer(answer.labels[part].clone(), scores, answer.status[part].clone())
+
+    def give(self, answer: Answer, position: int) -> None:
+        """Make it a row's share of another answer; nothing where there is none yet."""
+        if self.answer is not None:
+            answer.labels[position], answer.status[position] = self.answer.labels[0], self.answer.status[0]
+            if answer.scores is not None and self.answer.scores is not None:
+                answer.scores[position] = self.answer.scores[0]
+
 
 @dataclass(slots=True)
 class History:

@@ -49,6 +49,11 @@ class Books:
         """What is held against an account; a fresh one if it was never heard of."""
         return self._accounts.setdefault(account, Standing())
 
+    def noticed(self, account: int) -> tuple[int, int]:
+        """The hits of an account, and the first of them."""
+        standing = self._accounts.get(account, Standing())
+        return standing.hits, standing.first_hit
+
     def put_by(self, rows: Tensor, accounts: Sequence[int], decisions: Sequence[Decision]) -> None:
         """Keep what was decided about rows [n,C,H,W] to which the model failed to give answers, the evaluator's left out."""
         for row, account, decision in reversed([*zip(rows, accounts, decisions, strict=True)]):

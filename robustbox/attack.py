@@ -157,6 +157,9 @@ def _summed_up(result: AttackResult, norm: str) -> Table:
         share = result.rejected.sum() / result.queries.sum()
         burnt = f", accounts burnt: {result.accounts_burnt.sum()}" if result.accounts_burnt.any() else ""
         table.add_row("rows rejected", f"{result.rejected.sum()} of {result.queries.sum()} = {share:.1%}{burnt}")
+    if summary["hits"] and not result.rejected.all():
+        seen = sum(bool(hits) for hits in result.hits)
+        table.add_row("rows that a gate noticed", f"{summary['hits']}, on {seen} of {len(result)} images")
     if meta["starts"]:
         table.add_row(
             "begun from given rows", f"{meta['starts']} of {len(result)}; what finding them cost is in no ledger"

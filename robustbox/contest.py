@@ -19,7 +19,7 @@ from robustbox.loop import Progress, QueryLoop
 from robustbox.oracle import Oracle
 from robustbox.protocol import Attack, Defense, Task
 from robustbox.provenance import Rules, config_of, identity_of, meta_of
-from robustbox.records import Record, inside
+from robustbox.records import Record, inside, together
 from robustbox.results import AttackResult
 
 _FUSED = 32
@@ -166,6 +166,7 @@ class Contest:
         records, epsilon = self._records, self.rules.epsilon
         reached = np.array([inside(record.distance, epsilon) for record in records])
         first = [next((query for query, far in record.trace if inside(far, epsilon)), 0) for record in records]
+        noticed = [together(map(self.oracle.box.noticed, record.senders)) or (None, None) for record in records]
         return AttackResult(
             success=self._verdicts.fresh if self.oracle.box.stochastic else reached,
             distance=np.where(reached, [record.distance for record in records], np.nan),
@@ -182,6 +183,8 @@ class Contest:
             fresh_fooled=self._verdicts.fooled,
             refusals=[record.refusals for record in records],
             accounts_burnt=np.array([record.burnt for record in records], dtype=np.int64),
+            hits=[hits for hits, _ in noticed],
+            first_hits=[first for _, first in noticed],
             stop_reasons=[record.stop for record in records],
             errors=[record.error for record in records],
             traces=[record.trace for record in records],

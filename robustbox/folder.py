@@ -221,6 +221,8 @@ def document_of(result: AttackResult, complete: bool = True) -> dict[str, Any]:
             "first_rejected": int(result.first_rejected[i]),
             "refusals": result.refusals[i],
             "accounts_burnt": int(result.accounts_burnt[i]),
+            "hits": result.hits[i],
+            "first_hit": result.first_hits[i],
             "stop_reason": result.stop_reasons[i],
             "error": result.errors[i],
             "trace": result.traces[i],

@@ -109,6 +109,13 @@ class BlackBox(ABC):
         counts what it costs counts them. Where they were not `answered` they were in flight, and are asked again afterwards.
         """
 
+    def noticed(self, account: int) -> tuple[int, int] | None:
+        """Rows of an account that looked like an attack, refused or not, and which of its own was the first (from 1; 0: none).
+
+        None where nothing here watches accounts.
+        """
+        return None if self.inner is None else self.inner.noticed(account)
+
     def describe(self) -> dict[str, object]:
         """What a result must record of this black box, as plain JSON values."""
         return {"name": self.name, "stochastic": self.stochastic}

@@ -13,10 +13,10 @@ from robustbox.evaluator import undefended
 from robustbox.identity import sha256
 from robustbox.journaled import digest
 from robustbox.oracle import Oracle
-from robustbox.protocol import Attack, Defense, Norm
+from robustbox.protocol import Attack, BlackBox, Defense, Norm
 
 _ASKED = ("norm", "epsilon", "budget", "total_budget", "knowledge", "levels", "seed", "keep_going", "eot", "accounts")
-_CHANCE = ("stochastic", "stateful", "max_rows", "seconds", "rows_per_second", "journal", "environment")
+_CHANCE = ("pipeline", "stochastic", "stateful", "max_rows", "seconds", "rows_per_second", "journal", "environment")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,7 @@ def meta_of(
     meta: dict[str, Any] = {
         "model": undefended(oracle).box.describe(),
         "defense": record_of(defenses),
+        "pipeline": pipeline_of(oracle.box),
         "attack": {"name": attack.name, "options": attack.options()},
         "norm": rules.norm,
         "epsilon": rules.epsilon,
@@ -87,6 +88,15 @@ def meta_of(
 def record_of(defenses: Sequence[Defense]) -> list[dict[str, Any]]:
     """Defenses, outermost first, as results name them: plain JSON values."""
     return [{"name": recipe.name, "options": plain(recipe.options())} for recipe in defenses]
+
+
+def pipeline_of(box: BlackBox) -> list[dict[str, object]]:
+    """What each defense says of itself as it stands around the model, outermost first; nothing of the model."""
+    stages = []
+    while box.inner is not None:
+        stages.append({key: value for key, value in box.describe().items() if key != "inner"})
+        box = box.inner
+    return stages
 
 
 def config_of(meta: Mapping[str, Any], rules: Rules) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +20,18 @@ TOLERANCE = 1e-6
 def inside(distance: float, epsilon: float | None) -> bool:
     """Whether a distance lies in the ball of radius epsilon (None: everywhere that is finite)."""
     return distance < np.inf if epsilon is None else distance <= epsilon * (1 + TOLERANCE) + TOLERANCE
+
+
+Noticed = tuple[int, int]
+"""Rows that looked like an attack, and which of its account's own rows was the first (from 1; 0: none)."""
+
+
+def together(found: Iterable[Noticed | None]) -> Noticed | None:
+    """What was noticed of several accounts, or by several gates: the sum, and the earliest; None where nobody watched."""
+    known = [each for each in found if each is not None]
+    if not known:
+        return None
+    return sum(hits for hits, _ in known), min((first for _, first in known if first), default=0)
 
 
 @dataclass(slots=True)
@@ -55,6 +68,14 @@ class Record:
     _opened: int = 0
     _in_use: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def senders(self) -> list[int]:
+        """The accounts that the attacker has opened, the first one always among them."""
+        return [self._nth(k) for k in range(max(self._opened, 1))]
+
+    def _nth(self, k: int) -> int:
+        return derive_seed(self.account, k) if k else self.account
+
     def refuse(self, queries: list[int]) -> None:
         """Note which queries, counted from 1 and ascending, were refused."""
         for query in queries:
@@ -79,7 +100,7 @@ class Record:
                 raise ValueError(
                     f"the attack asked for account {which}, but has opened all {self.accounts} it may have"
                 )
-            self._in_use[which] = derive_seed(self.account, self._opened) if self._opened else self.account
+            self._in_use[which] = self._nth(self._opened)
             self._opened += 1
         return self._in_use[which]
 

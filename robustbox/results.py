@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,9 @@ class AttackResult:
         fresh_fooled: int64 [N], in how many of these answers it reached the goal.
         refusals: queries that a stateful gate refused, as runs (first, last), counted from 1; charged like the others.
         accounts_burnt: int64 [N], accounts of the attacker that a gate banned.
+        hits: rows that a gate of this process took for an attack, refused or, by one that is silent or gives decoys, answered;
+            None where there is no gate, or none that can be asked.
+        first_hits: which of its account's own rows was the first (from 1), the least over accounts; 0: none, None: as `hits`.
         stop_reasons: `success`, `budget`, `total-budget`, `banned` (the last account was), `finished` (the attack had no more
             to ask), `error`, `stopped` (the run ended early) or `misclassified`.
         errors: what an attack that raised had to say.
@@ -65,6 +69,8 @@ class AttackResult:
     fresh_fooled: NDArray[np.int64]
     refusals: list[list[tuple[int, int]]]
     accounts_burnt: NDArray[np.int64]
+    hits: list[int | None]
+    first_hits: list[int | None]
     stop_reasons: list[str]
     errors: list[str | None]
     traces: list[list[tuple[int, float]]]
@@ -139,6 +145,7 @@ class AttackResult:
             "queries": int(self.queries.sum()),
             "rejected": int(self.rejected.sum()),
             "accounts_burnt": int(self.accounts_burnt.sum()),
+            "hits": None if None in self.hits else sum(hits or 0 for hits in self.hits),
             "errors": sum(error is not None for error in self.errors),
             "noise_only": int((self.success_fresh & ~self.success_clean).sum()),
             "replay_risk": {str(n): float(self.replay_risk(n).sum()) / attacked if attacked else None for n in REPLAYS},
@@ -155,6 +162,11 @@ class AttackResult:
 def meets_gates(attack: str) -> bool:
     """Whether an attack of this name adapts to gates that remember: OARS, or a rehearsal with an own copy, however wrapped."""
     return not {"oars", "rehearsed"}.isdisjoint(attack.split(":"))
+
+
+def noticed(image: Mapping[str, Any]) -> bool:
+    """Whether a gate took some row of an image of results.json for an attack, refused or not."""
+    return bool(image["rejected"] or image.get("hits"))
 
 
 def share_of(hits: int, n: int) -> dict[str, Any]:

@@ -128,9 +128,29 @@ def joined(results: Sequence[AttackResult]) -> AttackResult:
             "sessions": 1 + sum(meta["journal"]["sessions"] - 1 for meta in metas),
             "in_flight": sum(meta["journal"]["in_flight"] for meta in metas),
         },
+        "pipeline": [summed_up(stages) for stages in zip(*(meta["pipeline"] for meta in metas), strict=True)],
         "images": [image for meta in metas for image in meta["images"]],
     }
     return AttackResult(**fields, ledger=dict(ledger), epsilon=first.epsilon, meta=meta)
+
+
+def summed_up(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a defense says of itself after several runs, as one: counts are added up, means weighed by the rows."""
+    first = dict(stages[0])
+    if "statistics" not in first:
+        return first
+    its = [stage["statistics"] for stage in stages]
+    rows = [each["rows"] for each in its]
+    for name, value in first["statistics"].items():
+        values = [each[name] for each in its]
+        if isinstance(value, Mapping):
+            merged: Any = {key: each for part in values for key, each in part.items()}
+        elif isinstance(value, int):
+            merged = sum(values)
+        else:
+            merged = float(np.average(values, weights=rows)) if sum(rows) else 0.0
+        first["statistics"] = {**first["statistics"], name: merged}
+    return first
 
 
 def result_of(document: Mapping[str, Any], adversarials: Tensor) -> AttackResult:
@@ -154,6 +174,8 @@ def result_of(document: Mapping[str, Any], adversarials: Tensor) -> AttackResult
         fresh_fooled=np.array([image["fresh"]["hits"] for image in images], dtype=np.int64),
         adversarials=adversarials,
         ledger=dict(document["summary"]["ledger"]),
+        hits=[image.get("hits") for image in images],
+        first_hits=[image.get("first_hit") for image in images],
         refusals=[[(a, b) for a, b in image["refusals"]] for image in images],
         stop_reasons=[image["stop_reason"] for image in images],
         errors=[image["error"] for image in images],

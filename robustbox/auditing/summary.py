@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from robustbox.comparisons import mcnemar, sign_test
-from robustbox.results import MILESTONES, meets_gates, share_of
+from robustbox.results import MILESTONES, meets_gates, noticed, share_of
 from robustbox.statistics import Estimate, median_interval
 from robustbox.survival import followed, median_curve, median_queries, success_curve
 
@@ -57,7 +57,7 @@ def _figures(document: Document, budget: int) -> Document:
     success = success_curve(first, followed(reasons, [image["queries"] for image in attacked], budget))
     distances = [[_nearest(image, q) for image in attacked] for q in points]
     medians = median_curve(distances, points)
-    unseen = sum(not image["rejected"] for image in attacked)
+    unseen = sum(not noticed(image) for image in attacked)
     return {
         "stochastic": document["stochastic"],
         "stateful": document["stateful"],
@@ -94,7 +94,7 @@ def row_summary(cells: Sequence[Cell], documents: Sequence[Document | None]) -> 
     right = np.array([image["clean_correct"] for image in there[0][1]["images"]])
     best = int(intact.sum(axis=1).argmin())
     stateful = any(document["stateful"] for _, document in there)
-    missed = np.array([[image["success"] and not image["rejected"] for image in doc["images"]] for _, doc in there])
+    missed = np.array([[image["success"] and not noticed(image) for image in doc["images"]] for _, doc in there])
     return row | {
         "clean_accuracy": share_of(int(right.sum()), len(right)),
         "robust_accuracy": share_of(int(intact.all(axis=0).sum()), intact.shape[1]),

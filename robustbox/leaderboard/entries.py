@@ -16,7 +16,7 @@ from typing import Any
 
 from robustbox.leaderboard.sources import KIND, Run, Sources
 from robustbox.leaderboard.threats import Threat, broken, budgets_of, counts_under, distance_within, threats_of
-from robustbox.results import meets_gates, share_of
+from robustbox.results import meets_gates, noticed, share_of
 from robustbox.statistics import median_interval
 
 SCHEMA = 1
@@ -172,7 +172,7 @@ def _attack(run: Run, threat: Threat) -> dict[str, Any]:
         "attack": {"name": d["attack"]["name"], "options": d["attack"]["options"]},
         **{name: d[name] for name in same},
         "robust_accuracy": accuracy,
-        "detected": share_of(sum(i["rejected"] > 0 for i in tried), len(tried)) if d["stateful"] else None,
+        "detected": share_of(sum(map(noticed, tried)), len(tried)) if d["stateful"] else None,
         "rejected": sum(image["rejected"] for image in images),
         "queries": sum(image["queries"] for image in images),
         "accounts_burnt": sum(image["accounts_burnt"] for image in images) if d["stateful"] else None,

@@ -261,6 +261,21 @@ def test_a_gate_has_its_false_positives_beside_it(tmp_path: Path) -> None:
     assert "no-adaptive-attack" in {flag["code"] for flag in document["systems"][1]["flags"]}
 
 
+def test_what_a_silent_gate_notices_is_counted(tmp_path: Path) -> None:
+    gate = {"defense": "blacklight", "options": {"action": "silent"}}
+    document = audit(tmp_path, defenses=[gate], attacks=["square"], threats=[{"norm": "linf", "epsilon": 0.5}])
+    run = json.loads((tmp_path / "out" / document["cells"][0]["folder"] / "results.json").read_text())
+    noticed = [image["hits"] > 0 for image in run["images"]]
+    assert run["summary"]["rejected"] == 0
+    assert sum(noticed) > 0
+    assert document["cells"][0]["undetected"]["hits"] == len(noticed) - sum(noticed)
+    missed = [image["success"] and not seen for image, seen in zip(run["images"], noticed, strict=True)]
+    assert document["rows"][0]["detection_misses"]["hits"] == sum(missed)
+    for image in run["images"]:
+        assert (image["first_hit"] > 0) == (image["hits"] > 0)
+        assert image["hits"] <= image["queries"]
+
+
 def test_ci_servers_get_what_they_know(tmp_path: Path) -> None:
     models = {"spy": HalfSpace(), "dead": Failing(0, lambda answer: 1 / 0)}  # type: ignore[arg-type, return-value]
     audit(

@@ -94,7 +94,8 @@ def test_a_run_counts_shows_and_writes(world: World, capsys: pytest.CaptureFixtu
 
 
 def test_what_a_run_writes_is_what_the_documentation_says(world: World, root: Path) -> None:
-    words = ["--attack", "cgba", "--budget", "60", "--targets", "1", "--defense", "input-noise", "--levels", "256"]
+    words = ["--model", "digits-cnn", "--data", "digits", "--attack", "cgba", "--budget", "60", "--targets", "next"]
+    words += ["--defense", "[blacklight, random-features]", "--levels", "256"]
     assert run(*words, "--out", "one") == 0
     check_document(results("one"), root / "docs" / "results.md")
 

@@ -30,6 +30,15 @@ def outcome() -> AttackResult:
     meta = {
         "model": {"name": "planted", "stochastic": False, "sha256": None},
         "defense": [{"name": "input-noise", "options": {"sigma": 0.02}}],
+        "pipeline": [
+            {"name": "planted behind a gate", "stochastic": False, "options": {"action": "silent"}},
+            {
+                "name": "planted",
+                "stochastic": True,
+                "statistics": {"rows": 240, "first_hit": {"7": 5}},
+                "places": ["fc"],
+            },
+        ],
         "attack": {"name": "cgba", "options": {"sigma": None, "steps": 30}},
         "norm": "l2",
         "epsilon": None,
@@ -62,6 +71,8 @@ def outcome() -> AttackResult:
         clean_correct=np.array([True, True, False]),
         refusals=[[(5, 6), (9, 9)], [], []],
         accounts_burnt=np.array([1, 0, 0]),
+        hits=[4, 0, None],
+        first_hits=[5, 0, None],
         success_any=np.array([True, False, False]),
         success_fresh=np.array([True, False, False]),
         success_clean=np.array([True, False, False]),

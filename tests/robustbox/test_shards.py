@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from robustbox.auditing.cells import Cell
+from robustbox.auditing.cells import Cell, run_cell
 from robustbox.auditing.world import World
 from robustbox.boxes import CallableBox
 from robustbox.config import AttackConfig
@@ -96,3 +96,22 @@ def test_shards_are_put_together_and_can_be_read_back(tmp_path: Path) -> None:
     again = result_of(document, adversarials)
     assert finite(again.summary()) == document["summary"]
     assert sum(again.ledger.values()) == sum(document["summary"]["ledger"].values())
+
+
+def test_what_a_gate_saw_is_added_up(tmp_path: Path) -> None:
+    gated = {"defense": "blacklight", "defense_options": {"action": "silent"}, "max_rows": 8}
+    whole, apart = cell(tmp_path / "whole", **gated), cell(tmp_path / "apart", **gated)
+    assert run_cell(whole, world()).error is None
+    shards = cut(apart, world(), 2)
+    for shard in shards:
+        run_shard(shard, world())
+    merge(apart, shards, world())
+    (one, _), (two, _) = (read_run(each.folder) for each in (whole, apart))
+    assert one["summary"]["hits"] > 0
+    for what in ("hits", "first_hit"):
+        assert [image[what] for image in one["images"]] == [image[what] for image in two["images"]]
+    seen, summed = (document["pipeline"][0]["statistics"] for document in (one, two))
+    assert seen["hits"] == one["summary"]["hits"] == sum(image["hits"] for image in one["images"])
+    for statistics in (seen, summed):
+        del statistics["milliseconds_per_query"]
+    assert summed == seen

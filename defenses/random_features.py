@@ -37,8 +37,9 @@ class RandomFeatures(Defense):
         scale: what nu is measured in: `std`, the standard deviation of the row's own values at that place (in place of the
             paper's stored ones, so that one number means the same on every layer and needs no file), or `abs`, as they are.
         distribution: `gauss` or `laplace`, both of standard deviation nu.
-        mode: `fresh` noise for each row; `hash`: noise that a row's bytes and a secret decide, so that asking it again
-            teaches nothing (an ablation, not the paper's; not stochastic); `frozen`: the same noise for ever (for tests).
+        mode: `fresh` noise for each row; `hash`: noise that a secret and the row, with 8 bits a value, decide, so that
+            asking it again teaches nothing (an ablation, not the paper's; not stochastic); `frozen`: the same noise for
+            ever (for tests).
 
     Query cost: one row of the model behind it for each row.
 

@@ -27,8 +27,8 @@ class RowStreams:
 
     Args:
         device: where the generators draw.
-        mode: `fresh`, as above; `frozen`, the same stream for every row; `hash`, a stream that a row's bytes and a secret
-            decide, so that a row that comes again is answered again as before.
+        mode: `fresh`, as above; `frozen`, the same stream for every row; `hash`, a stream that a secret and the row decide,
+            with 8 bits a value, so that a row that comes again, or one that no picture tells from it, is answered as before.
         identity: what the streams are for, a seed among it.
 
     Raises:
@@ -64,7 +64,8 @@ class RowStreams:
             return [self._root] * len(rows)
         if self._mode == "hash":
             key = self._root.to_bytes(8, "little")
-            contents = (row.numpy().data for row in rows.detach().cpu().contiguous())
+            pictures = rows.detach().mul(255).round_().clamp_(0, 255).to("cpu", torch.uint8).contiguous()
+            contents = (picture.numpy().data for picture in pictures)
             digests = (hashlib.blake2b(content, digest_size=8, key=key).digest() for content in contents)
             return [int.from_bytes(digest, "little") >> 1 for digest in digests]
         with self._lock:

@@ -52,12 +52,13 @@ def _verdict(verdict: Document) -> ElementTree.Element:
 def complaint(verdict: Document) -> str:
     """What a threshold that does not hold has to say."""
     bound = f"at least {verdict['min']:g}" if verdict["min"] is not None else f"at most {verdict['max']:g}"
-    if verdict["value"] is None:
+    if not verdict["measured"]:
         return f"{verdict['metric']} was not measured, must be {bound}"
+    if verdict["value"] is None:  # JSON has no infinity
+        return f"{verdict['metric']} is infinite, must be {bound}"
     sure = " with confidence" if verdict["confident"] else ""
-    interval = (
-        f"95 % interval {verdict['low']:.4g} to {verdict['high']:.4g}" if verdict["low"] is not None else "no interval"
-    )
+    ends = [f"{verdict[end]:.4g}" if verdict[end] is not None else "infinity" for end in ("low", "high")]
+    interval = f"95 % interval {ends[0]} to {ends[1]}" if verdict["low"] is not None else "no interval"
     return f"{verdict['metric']} is {verdict['value']:.4g} ({interval}), must be {bound}{sure}"
 
 

@@ -200,8 +200,11 @@ class Audit:
         documents = {cell.id: read_cell(cell.folder) for cell in cells}
         summaries = {cell.id: cell_summary(cell, documents[cell.id], self._failure(cell)) for cell in cells}
         certified = {each.system.id: its for each in self.certifications if (its := each.document()) is not None}
+        radii = sorted({t.radius for t in self.spec.thresholds if t.metric == "certified-accuracy"})
         systems = [
-            system_summary(system, self.seen[system.id], self.plan.of(system), documents, certified.get(system.id))
+            system_summary(
+                system, self.seen[system.id], self.plan.of(system), documents, certified.get(system.id), radii
+            )
             for system in self.plan.systems
         ]
         excluded = [each.cell for each in self.plan.excluded]

@@ -124,7 +124,8 @@ class PreflightEntry:
         images: images that are asked (and as many blends of two), twice.
         copies: near copies of one image that are sent from one account.
         benign: natural images sent from one account, each once, to a stateful defense.
-        benign_data: data set that they come from; default: the images of the data set that are not attacked.
+        benign_data: data set that they come from; default: the images of the data set that are not attacked, or those that
+            are where there are no others.
     """
 
     images: int = 16

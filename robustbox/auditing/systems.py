@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from robustbox import inputs
 from robustbox.protocol import BlackBox
 from robustbox.provenance import record_of
-from robustbox.results import meets_gates
+from robustbox.results import meets_gates, share_of
 
 from .cells import Cell
 from .flags import Flag, flag
@@ -53,8 +53,9 @@ def system_summary(
     cells: Sequence[Cell],
     documents: Mapping[str, Document | None],
     certified: Document | None,
+    radii: Sequence[float],
 ) -> Document:
-    """`systems[]` of audit.json."""
+    """`systems[]` of audit.json; `radii` are those at which thresholds ask for certified accuracy."""
     done = next((document for cell in cells if (document := documents[cell.id]) is not None), None)
     return {
         "id": system.id,
@@ -62,10 +63,18 @@ def system_summary(
         "defense": system.defense.name,
         "clean_accuracy": seen["clean"] if done is None else done["summary"]["clean_accuracy"],
         "benign": seen["benign"],
-        "certified": None if certified is None else certified["summary"]["certified_accuracy"],
+        "certified": None if certified is None else _certified(certified, radii),
         "preflight": {key: value for key, value in seen.items() if key not in ("flags", "benign")},
         "flags": [*seen["flags"], *(each.plain() for each in _flags(seen, cells))],
     }
+
+
+def _certified(certified: Document, radii: Sequence[float]) -> Document:
+    """Certified accuracy at the radii that the certificates are summed up at, and at others."""
+    held = [image["radius"] if image["correct"] else -1.0 for image in certified["images"]]
+    more = {f"{at:g}": share_of(sum(far >= at for far in held), len(held)) for at in radii}
+    known: Document = more | certified["summary"]["certified_accuracy"]
+    return dict(sorted(known.items(), key=lambda item: float(item[0])))
 
 
 def sees(cell: Cell) -> str:

@@ -39,6 +39,7 @@ def verdicts(
                     "min": threshold.min,
                     "max": threshold.max,
                     "confident": threshold.confident,
+                    "measured": value is not None and not math.isnan(value),
                     "value": value,
                     "low": low,
                     "high": high,

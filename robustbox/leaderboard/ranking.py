@@ -20,7 +20,9 @@ def order(rows: Sequence[Mapping[str, Any]], queries: int) -> list[tuple[int | N
         if accuracy is None:
             return (2, 0.0)
         far = threat["median_distance"][str(queries)]["value"]
-        good = accuracy["share"] if threat["epsilon"] is not None else float("inf") if far is None else far
+        if far is None:  # half of the images were not broken; or none was classified correctly
+            far = float("inf") if accuracy["hits"] else 0.0
+        good = accuracy["share"] if threat["epsilon"] is not None else far
         return (1 if threat["adaptive"]["missing"] else 0, -good)
 
     placed: list[tuple[int | None, Mapping[str, Any]]] = []

@@ -52,11 +52,21 @@ def title_of(entry: Mapping[str, Any]) -> str:
 def words_of(threat: Mapping[str, Any]) -> str:
     """A threat model in words."""
     parts = [
-        f"{threat['norm']} within {threat['epsilon']:.4g}" if threat["epsilon"] is not None else f"{threat['norm']}"
+        f"{threat['norm']} within {_radius(threat['epsilon'])}"
+        if threat["epsilon"] is not None
+        else f"{threat['norm']}"
     ]
     parts.append("targeted" if threat["targeted"] else "untargeted")
     parts.append("labels" if threat["knowledge"] == "label" else threat["knowledge"])
     return ", ".join(parts + ([f"{threat['levels']} grey levels"] if threat["levels"] else []))
+
+
+def _radius(epsilon: float) -> str:
+    """A radius in four digits, or so that no other one is written alike."""
+    short, levels = f"{epsilon:.4g}", round(epsilon * 255)
+    if float(short) == epsilon:
+        return short
+    return f"{levels}/255 ({short})" if levels / 255 == epsilon else f"{epsilon}"
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:

@@ -110,10 +110,12 @@ def test_modes() -> None:
     torch.testing.assert_close(frozen, frozen[:1].expand(4, -1), rtol=0, atol=1e-5)
     near = x.clone()
     near[1] = x[0]
-    near[1, 0, 0, 0] += 1e-6
+    near[1, 0, 0, 0] += 1 / 255
+    near[2] = x[0] * 0.999999
     hashed = noise(at_layer(mode="hash"), near, [[1, 2, 3], [4]])
     torch.testing.assert_close(hashed[3], hashed[0], rtol=0, atol=1e-5)  # whoever asks it, and when
     assert (hashed[0] - hashed[1]).abs().mean() > 0.1  # a neighbour is another row
+    torch.testing.assert_close(hashed[2], hashed[0], rtol=0, atol=1e-4)  # and what no picture tells from it is not
     assert not torch.equal(hashed, noise(at_layer(mode="hash"), near, [[1, 2, 3], [4]], seed=1))
     stochastic = {
         mode: at_layer(mode=mode).wrap(ModuleBox(wide()), 0).stochastic for mode in ("fresh", "frozen", "hash")

@@ -13,6 +13,7 @@ from robustbox.errors import InputError
 from robustbox.leaderboard.entries import build
 from robustbox.leaderboard.ranking import order, shared_budget, strongest
 from robustbox.leaderboard.schema import check_entry
+from robustbox.leaderboard.site import words_of
 from robustbox.leaderboard.sources import find
 from tests.leaderboard.planted import BLACKLIGHT, NOISE, plant
 from tests.schema import check_document
@@ -117,6 +118,18 @@ def test_where_any_distance_counts_the_farther_median_is_better(tmp_path: Path) 
         plant(tmp_path / name, [[(9, far)]] * 3, epsilon=None, model={"name": name, "weights_sha256": None})
     rows = [{"entry": entry, "threat": entry["threats"][0]} for entry in entries(tmp_path).values()]
     assert [row["entry"]["name"] for _, row in order(rows, 500)] == ["far", "near"]
+    none = copy.deepcopy(rows[0])  # a model that classifies nothing correctly has no median, and stands last
+    none["entry"]["name"] = "none"
+    none["threat"]["median_distance"]["500"]["value"] = None
+    none["threat"]["robust_accuracy"]["500"] = {"hits": 0, "of": 3, "share": 0.0}
+    assert [row["entry"]["name"] for _, row in order([*rows, none], 500)] == ["far", "near", "none"]
+
+
+def test_radii_that_differ_are_not_written_alike(tmp_path: Path) -> None:
+    for name, radius in (("a", 8 / 255), ("b", 0.03137)):
+        plant(tmp_path / name, [[(9, 0.01)]], norm="linf", epsilon=radius, model={"name": name, "weights_sha256": None})
+    sections = {words for entry in entries(tmp_path).values() for words in map(words_of, entry["threats"])}
+    assert sections == {"linf within 8/255 (0.03137), untargeted, labels", "linf within 0.03137, untargeted, labels"}
 
 
 SMOOTHED = [{"name": "smoothing", "options": {"sigma": 0.25, "clip": False}}, *BLACKLIGHT]
@@ -177,6 +190,11 @@ def test_certificates_and_false_positives_find_their_defense(tmp_path: Path) -> 
     plant(tmp_path / "other", [[], []], defense=OTHER)
     assert sorted(made["certified"] is not None for made in entries(tmp_path).values()) == [False, False, True]
     assert (entry["false_positives"]["hits"], entry["false_positives"]["of"]) == (1, 200)
+    rounding = json.loads((tmp_path / "certified.json").read_text()) | {
+        "levels": 2
+    }  # of noisy rows; this model takes any
+    (tmp_path / "certified.json").write_text(json.dumps(rounding))
+    assert all(made["certified"] is None for made in entries(tmp_path).values())
 
 
 def changed(entry: dict[str, Any], place: str, value: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import yaml
 import robustbox as rb
 from robustbox.audit import main
 from robustbox.auditing.cells import Cell, Outcome, Work, run_cell
+from robustbox.auditing.junit import complaint
 from robustbox.auditing.loading import load
 from robustbox.auditing.run import Audit
 from robustbox.auditing.world import World
@@ -363,10 +364,22 @@ def test_exit_codes_say_whether_thresholds_hold(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_an_infinite_median_was_measured(tmp_path: Path) -> None:
+    document = audit(
+        tmp_path,
+        attacks=["random"],
+        threats=[{"norm": "linf", "epsilon": 0.001}],
+        thresholds=[{"metric": "median-distance", "max": 5}],
+    )
+    (verdict,) = document["verdicts"]
+    assert (verdict["measured"], verdict["value"], verdict["holds"]) == (True, None, False)
+    assert complaint(verdict) == "median-distance is infinite, must be at most 5"
+
+
 def test_certificates_are_counted_and_bounded(tmp_path: Path) -> None:
     spec: dict[str, Any] = {"attacks": ["square"], "defenses": ["none", "input-noise"]}
     spec["certify"] = [{"sigma": 0.1, "n0": 10, "n": 100, "radii": [0, 0.1], "defenses": "none"}]
-    at = {"metric": "certified-accuracy", "radius": 0.1}
+    at = {"metric": "certified-accuracy", "radius": 0.05}  # none of those that it sums up
     spec["thresholds"] = [{**at, "min": 0.1, "defenses": "none"}, {**at, "min": 0.1, "name": "both"}]
     assert main([written(tmp_path, **spec), "--out", str(tmp_path / "out")]) == 1
     document = json.loads((tmp_path / "out" / "audit.json").read_text())

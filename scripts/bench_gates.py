@@ -1,7 +1,7 @@
 """Measure the stateful gates: time, growth, memory, and how often they refuse honest users.
 
     python scripts/bench_gates.py                    all parts, on the shared data
-    python scripts/bench_gates.py --only speed gate growth dense lookup neighbours false pairs see
+    python scripts/bench_gates.py --only speed gate growth dense lookup neighbours false again pairs see
 
 Times are processor time of one thread in milliseconds a query, since other work on the machine disturbs the clock; both
 sides of a ratio run in turns in one process, and medians over repeats are shown. The in-process reference is Blacklight as
@@ -35,8 +35,10 @@ from robustbox import registry
 from robustbox.defenses.blacklight import Blacklight
 from robustbox.defenses.gate import StatefulDefense, StatefulGate
 from robustbox.defenses.index import SketchIndex, Tokens
+from robustbox.defenses.jpeg import JPEG
 from robustbox.defenses.neighbours import DenseIndex
 from robustbox.defenses.osd import OSD
+from robustbox.defenses.transforms import Transformed
 from robustbox.protocol import Answer, BlackBox
 
 SETS = ["CIFAR-10", "MNIST", "ImageNet"]
@@ -319,6 +321,46 @@ def false_positives(chosen_sets: list[str]) -> None:
         )
 
 
+def edits() -> dict[str, Callable[[Tensor], Tensor]]:
+    """What honest users do to a picture before they send it again, by name: rows [n,C,H,W] to rows, as 8 bits."""
+
+    def brighter(rows: Tensor) -> Tensor:
+        return (rows + 8 / 255).clamp(0, 1)
+
+    def encoded(quality: int) -> Callable[[Tensor], Tensor]:
+        def through(rows: Tensor) -> Tensor:
+            box = JPEG(quality).wrap(Free(), 0)
+            assert isinstance(box, Transformed)
+            return box.transform(rows, torch.zeros(len(rows), dtype=torch.long))
+
+        return through
+
+    return {
+        "the same": lambda rows: rows,
+        "JPEG 90": encoded(90),
+        "JPEG 50": encoded(50),
+        "shifted by a pixel": lambda rows: rows.roll((1, 1), (2, 3)),
+        "brighter by 8 levels": brighter,
+        "mirrored": lambda rows: rows.flip(3),
+    }
+
+
+def again(n: int = 1000) -> None:
+    """Natural images of CIFAR-10, and each of them a second time, edited, all from one account in random order."""
+    rows = cifar()
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))][:n]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    for name in ("blacklight", "blacklight-keyed", "piha", "osd", "qpa", "gwad"):
+        found = []
+        for what, edit in edits().items():
+            box = gate(name)
+            sent(box, rows)
+            before = int(box.statistics()["hits"])  # type: ignore[call-overload]
+            sent(box, edit(rows)[order])
+            found.append(f"{what} {int(box.statistics()['hits']) - before}")  # type: ignore[call-overload]
+        print(f"sent again, of {n}: {name}: {', '.join(found)}", flush=True)
+
+
 def pairs() -> None:
     """How often two different images share at least m hashes of Blacklight's fingerprint; for `qpa`."""
     rows, defense = cifar(), Blacklight()
@@ -339,7 +381,7 @@ def pairs() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["speed", "gate", "growth", "dense", "lookup", "neighbours", "false", "pairs", "see"]
+    every = ["speed", "gate", "growth", "dense", "lookup", "neighbours", "false", "again", "pairs", "see"]
     parser.add_argument("--only", nargs="*", default=every, choices=every, help="parts to measure (all)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of all sides in turns (5)")
     parser.add_argument(
@@ -362,6 +404,7 @@ def main() -> None:
         "lookup": lambda: lookup(options.rows),
         "neighbours": lambda: neighbours([20_000, 100_000]),
         "false": lambda: false_positives(options.sets),
+        "again": again,
         "pairs": pairs,
         "see": see,
     }

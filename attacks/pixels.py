@@ -118,6 +118,8 @@ def corners(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
         colours = farthest.clone()
         colours[:, list(flipped)] = 1 - colours[:, list(flipped)]
         new = (colours != own).any(dim=1)
+        if not new.any():  # an image of such colours alone
+            continue
         yield order[new, None], colours[new, None]
 
 

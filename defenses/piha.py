@@ -66,6 +66,7 @@ class PIHA(StatefulDefense):
         self.require(
             shape[0] == 3, f"images of {shape[0]} channels have no hue and would all collide: take another gate"
         )
+        self.require(min(shape[1:]) > 1, f"images of {shape[1]} x {shape[2]} cannot be blurred: take another gate")
 
     def secret(self, shape: Shape, generator: torch.Generator) -> None:
         """Nothing: everybody can compute this hash."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from threading import Lock
@@ -23,7 +24,7 @@ class Purse:
         file: a database that keeps the cost over many runs and processes, or None. What a process had in flight when it
             was killed counts as bought.
 
-    Attributes:
+    Attributes (of the run that `begin` named last):
         requests: sent, repeats included; repeats: of these, sent again.
         answered: rows that were answered: bought.
         doubtful: rows of requests that failed, of which nobody knows whether the service charged them.
@@ -33,9 +34,20 @@ class Purse:
         self.price, self.currency, self.most, self.file = price or 0.0, currency, most, file
         self.requests = self.repeats = self.answered = self.doubtful = 0
         self._reserved = 0
+        self._run, self._known = "", 0  # the key of the run, and how many rows of it this process bought before
+        self._bought: Counter[str] = Counter()  # by this process, for each run
+        self._elsewhere = self._twice = (
+            0  # bought by other processes; counted twice, as they were sent again under one key
+        )
         self._lock = Lock()
         if file is not None:
             self._open(file)
+
+    def begin(self, run: str) -> None:
+        """A run begins or goes on, under a key that is its own: its traffic is counted by itself."""
+        with self._lock:
+            self.requests = self.repeats = self.answered = self.doubtful = 0
+            self._run, self._known = run, self._bought[run]
 
     def sent(self, again: bool) -> None:
         """A request is sent."""
@@ -62,6 +74,7 @@ class Purse:
         """The rows of a request were answered, or perhaps charged all the same."""
         with self._lock:
             self._reserved -= rows
+            self._bought[self._run] += rows
             if answered:
                 self.answered += rows
             else:
@@ -70,6 +83,9 @@ class Purse:
     def recall(self, rows: int, answered: bool) -> None:
         """Rows were bought, or perhaps bought, in an earlier session of the run; where there is a file, it has them."""
         with self._lock:
+            own = min(self._known, rows)
+            self._known -= own
+            self._elsewhere += rows - own
             if answered:
                 self.answered += rows
             else:
@@ -79,6 +95,7 @@ class Purse:
         """Rows are in doubt no more: they were answered in the end, under the key that they had, and are charged once."""
         with self._lock:
             self.doubtful -= rows
+            self._twice += rows
 
     def release(self, rows: int) -> None:
         """The rows of a request cost nothing."""
@@ -88,7 +105,7 @@ class Purse:
                 self._add(-rows * self.price / 1000)
 
     def describe(self) -> dict[str, object]:
-        """The traffic as plain JSON values: requests of this process; rows and their cost of the whole run."""
+        """The traffic of the run as plain JSON values: requests of this session; rows and their cost of all its sessions."""
         with self._lock:
             doubtful = self.doubtful + self._reserved  # what was in flight when the run was interrupted
             found: dict[str, object] = {
@@ -110,7 +127,8 @@ class Purse:
     def _add(self, cost: float) -> float | None:
         """Add to what is spent; where that would be too much, add nothing and return what is."""
         if self.file is None:
-            spent = (self.answered + self.doubtful + self._reserved) * self.price / 1000
+            rows = sum(self._bought.values()) + self._elsewhere - self._twice + self._reserved  # of all runs
+            spent = rows * self.price / 1000
             return spent if self.most is not None and spent + cost > self.most + _SLACK else None
         with closing(sqlite3.connect(self.file, timeout=60, isolation_level=None)) as database:
             database.execute("BEGIN IMMEDIATE")

@@ -177,8 +177,9 @@ class RemoteBox(BlackBox):
         return Answer(labels, scores, status)
 
     def resume(self, key: str) -> None:
-        """Name all requests by the run, so that the service knows those that an earlier session sent."""
-        self._run, self._passes, self._in_doubt = key, 0, 0
+        """Name all requests by the run, so that the service knows those that an earlier session sent, and count them apart."""
+        self._run, self._passes, self._in_doubt = key or None, 0, 0
+        self._purse.begin(key)
 
     def skip(self, rows: Tensor, accounts: Tensor, answered: bool) -> None:
         """Count what an earlier session of the run bought, and give its accounts the tokens that they had."""

@@ -146,12 +146,16 @@ def conduct(
         open_run(out, contest.config(), fresh) as folder,
         journaled(contest.oracle, folder.journal, contest.identity() if folder.journal else {}),
     ):
-        contest.check_clean(need_one)
-        check_knowledge(contest.oracle.knowledge, contest.attack.knowledge, contest.oracle.box)  # known by now
+        paid = False
         try:
+            contest.check_clean(need_one)
+            check_knowledge(contest.oracle.knowledge, contest.attack.knowledge, contest.oracle.box)  # known by now
+            paid = True
             contest.fight(progress)
             contest.verify()
-        except (ModelError, KeyboardInterrupt) as stop:
+        except (ModelError, InputError, KeyboardInterrupt) as stop:
+            if isinstance(stop, InputError) and not paid:  # before the attack: nothing is worth being kept
+                raise
             found = _written(folder, contest, complete=False)
             if isinstance(stop, ModelError):
                 stop.result = found
@@ -219,14 +223,11 @@ def prepare(
         raise InputError(f"attack {chosen.name} is untargeted only: leave targets out or take another attack")
     if starts is not None and not chosen.takes_start:
         raise InputError(f"attack {chosen.name} begins at the image itself: leave starts out or take another attack")
-    inputs.check_count(budget, "budget")
-    if total_budget is not None:
-        inputs.check_count(total_budget, "total_budget")
-    if max_rows != "auto":
-        inputs.check_count(max_rows, "max_rows")
-    inputs.check_count(eot, "eot")
-    if accounts is not None:
-        inputs.check_count(accounts, "accounts")
+    budget, eot, seed = inputs.check_count(budget, "budget"), inputs.check_count(eot, "eot"), inputs.check_seed(seed)
+    total_budget = None if total_budget is None else inputs.check_count(total_budget, "total_budget")
+    accounts = None if accounts is None else inputs.check_count(accounts, "accounts")
+    max_rows = "auto" if max_rows == "auto" else inputs.check_count(max_rows, "max_rows")
+    epsilon, levels = None if epsilon is None else float(epsilon), None if levels is None else int(levels)
 
     box = as_black_box(model, device)
     for recipe in reversed(defenses):
@@ -237,7 +238,7 @@ def prepare(
     clean = oracle.round(inputs.check_images(images, box))
     truth = inputs.check_labels(labels, len(clean), box.classes)
     aims = inputs.check_targets(targets, truth, box.classes)
-    owned = inputs.check_pool(pool, clean, box)
+    owned = inputs.check_pool(pool, clean, box, levels)
     begun = [None if row is None else oracle.round(row) for row in inputs.check_starts(starts, len(clean), box)]
     rules = Rules(
         norm=measured,

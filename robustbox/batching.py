@@ -22,11 +22,11 @@ class BatchSize:
         self._rate: dict[int, float] = {}
         self._samples = 0
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """Note that a pass over `rows` rows took `seconds`."""
-        if self._settled or rows != self.size:
+    def observe(self, rows: int, seconds: float, multiple: int = 1) -> None:
+        """Note that a pass over `rows` rows took `seconds`; one is full when no more rows fit, of which so many go together."""
+        if self._settled or rows + multiple <= self.size:
             return
-        self._rate[rows] = max(self._rate.get(rows, 0.0), rows / max(seconds, 1e-9))
+        self._rate[self.size] = max(self._rate.get(self.size, 0.0), rows / max(seconds, 1e-9))
         self._samples += 1
         if self._samples == _SAMPLES:
             self._samples = 0

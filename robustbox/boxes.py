@@ -89,7 +89,8 @@ class LocalBox(BlackBox):
         """Scores [n,K] or integer labels [n] as a tensor on `device`."""
         what = type(returned).__name__
         try:
-            output = torch.as_tensor(returned if isinstance(returned, Tensor) else np.asarray(returned)).to(self.device)
+            output = torch.as_tensor(returned if isinstance(returned, Tensor) else np.asarray(returned))
+            output = output.to(self.device, copy=True)  # a model may write its next answer where this one stands
         except (TypeError, ValueError):
             output = None
         if output is not None:

@@ -29,7 +29,7 @@ from robustbox.config import canonical, explained, spelled_out
 from robustbox.environment import environment
 from robustbox.errors import InputError, ModelError
 from robustbox.evaluator import undefended
-from robustbox.folder import replace_file
+from robustbox.folder import LOCK, locked, replace_file
 from robustbox.identity import sha256
 from robustbox.oracle import Oracle
 from robustbox.provenance import record_of
@@ -144,15 +144,16 @@ def run(config: CertifyConfig) -> dict[str, Any]:
     model = undefended(oracle).box.describe()
     hashes = [sha256(image) for image in images]
     identity = {"weights": model.get("weights_sha256"), "defenses": recipes, "images": hashes}
-    done = _claim(folder, config, name, n, identity)
-    with (folder / IMAGES).open("a", encoding="utf-8") as book, tqdm(total=n, disable=config.quiet or None) as bar:
+    with locked(folder, "certification"), tqdm(total=n, disable=config.quiet or None) as bar:
+        done = _claim(folder, config, name, n, identity)
         bar.update(len(done))
-        for i in range(len(done), n):
-            found = certifier.certify(oracle, images[i])
-            done.append(found)
-            book.write(json.dumps(found) + "\n")
-            book.flush()
-            bar.update()
+        with (folder / IMAGES).open("a", encoding="utf-8") as book:
+            for i in range(len(done), n):
+                found = certifier.certify(oracle, images[i])
+                done.append(found)
+                book.write(json.dumps(found) + "\n")
+                book.flush()
+                bar.update()
     document = {
         "schema": SCHEMA,
         "model": model,
@@ -217,7 +218,7 @@ def _claim(folder: Path, config: CertifyConfig, data: str, n: int, identity: dic
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / CONFIG).exists():
-            if any(path.name != IDENTITY for path in folder.iterdir()):
+            if any(path.name not in (IDENTITY, LOCK) for path in folder.iterdir()):
                 raise InputError(f"the output folder {folder} holds something else: choose another one")
             replace_file(folder / IDENTITY, (json.dumps(identity) + "\n").encode())
             (folder / CONFIG).write_text(text, encoding="utf-8")

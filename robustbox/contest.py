@@ -100,7 +100,12 @@ class Contest:
         self._clock = self.oracle.clock()
         self._clean = share_reached(self.oracle, self.images, self.labels, self._clean_clerks, self._fused) > 0.5
         if self._classes is None:  # a callable's first answer shows how many there are
-            check_labels(self.labels, len(self.labels), self.oracle.box.classes)
+            classes = self.oracle.box.classes
+            check_labels(self.labels, len(self.labels), classes)
+            if self.targets[0] is not None:
+                check_labels(self.targets, len(self.targets), classes, "targets")
+            if self.pool is not None:
+                check_labels(self.pool[1], len(self.pool[1]), classes, "pool labels")
         if need_one and not self._clean.any():
             raise InputError(
                 "no image is classified correctly, so there is nothing to attack: "
@@ -185,7 +190,7 @@ class Contest:
             accounts_burnt=np.array([record.burnt for record in records], dtype=np.int64),
             hits=[hits for hits, _ in noticed],
             first_hits=[first for _, first in noticed],
-            stop_reasons=[record.stop for record in records],
+            stop_reasons=[record.stop or "stopped" for record in records],  # nothing yet: the clean check failed
             errors=[record.error for record in records],
             traces=[record.trace for record in records],
             epsilon=epsilon,

@@ -119,7 +119,7 @@ class Dispatch:
         sent = rows if copies == 1 else rows.repeat_interleave(copies, dim=0)
         answer = self._ask(sent, torch.from_numpy(accounts), phases)
         self._note(pieces, counts, rows, answer)
-        self.batch.observe(len(sent), self.oracle.clock() - start)
+        self.batch.observe(len(sent), self.oracle.clock() - start, copies)
 
     def _refuse(self, pieces: list[Piece], bad: list[int]) -> list[Piece]:
         """Drop the queries that hold inadmissible rows: nothing of these pieces is charged, their attacks are told."""

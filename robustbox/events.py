@@ -92,7 +92,10 @@ class EventLog:
             for number, *fields, stated in self._database.execute(order, (last,)):
                 event = Event(*fields)
                 if verify:
-                    chain = event.chained(chain)
+                    try:
+                        chain = event.chained(chain)
+                    except (TypeError, struct.error):  # a value of another kind, or sign
+                        chain = b""
                     if chain != stated or number != self._last + 1:
                         raise DamagedError(self._damage(f"event {number} is not what was written"))
                     self._chain, self._last = chain, number

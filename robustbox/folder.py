@@ -7,6 +7,7 @@ appears whole or not at all, results.json last; the journal tells a run that goe
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """The version of results.json; it changes when a field changes its meaning or goes."""
+LOCK = ".lock"
 CONFIG, JOURNAL, RESULTS, ADVERSARIALS = "config.yaml", "journal.sqlite", "results.json", "adversarials.safetensors"
 
 
@@ -149,7 +151,7 @@ def is_complete(path: Path) -> bool:
     """Whether a folder holds a run that came to its end."""
     try:
         return bool(json.loads((path / RESULTS).read_text(encoding="utf-8"))["complete"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -164,9 +166,9 @@ def read_run(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensor]:
 
     folder = Path(path)
     try:
-        document: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        document: dict[str, Any] = dict(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
         adversarials = load_file(folder / ADVERSARIALS)["adversarials"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder} holds no complete run: {error}") from error
     if (found := document.get("schema")) != SCHEMA:
         raise InputError(f"{folder} was written by schema {found}, this robustbox reads schema {SCHEMA}")
@@ -245,6 +247,26 @@ def _yaml(config: Mapping[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """A folder, made where there is none, for one process alone.
+
+    Raises:
+        InputError: another one, of the same kind `what`, works in it; or it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+    except OSError as error:
+        raise InputError(f"the {what}'s folder {folder} cannot be written to: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another {what} is running in {folder}") from None
+        yield
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from robustbox import registry
 from robustbox.defense_file import is_file, read_defense, takes_options
+from robustbox.distances import rounded
 from robustbox.errors import InputError, unknown_name
 from robustbox.identity import sha256
 from robustbox.options import check_options
@@ -26,10 +28,10 @@ def check_images(images: Tensor | ArrayLike, box: BlackBox, what: str = "images"
     Raises:
         InputError: not four axes, no image, the wrong channels or size, integers, NaN, or values outside [0, 1].
     """
-    tensor = images if isinstance(images, Tensor) else torch.as_tensor(np.asarray(images))
+    tensor = as_tensor(images)
     if tensor.ndim != 4:
         raise InputError(f"{what} must have the shape [N,C,H,W], not {list(tensor.shape)}")
-    if not len(tensor):
+    if not tensor.numel():
         raise InputError(f"there is no image to attack: {what} has the shape {list(tensor.shape)}")
     if not tensor.is_floating_point():
         raise InputError(f"{what} must be floats in [0, 1], not {tensor.dtype}: divide 8-bit values by 255")
@@ -42,6 +44,11 @@ def check_images(images: Tensor | ArrayLike, box: BlackBox, what: str = "images"
         hint = "rescale them; normalisation belongs to the model"
         raise InputError(f"{what} must lie in [0, 1], but number {worst} has {kind}: {hint}")
     return tensor.detach().to(box.device, torch.float32).contiguous()
+
+
+def as_tensor(values: Tensor | ArrayLike) -> Tensor:
+    """A tensor of what a caller gave, arrays with reversed axes among them."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(np.ascontiguousarray(values))
 
 
 def check_labels(labels: Tensor | ArrayLike, n: int, classes: int | None, what: str = "labels") -> list[int]:
@@ -72,8 +79,8 @@ def check_targets(
     """
     if targets is None:
         return None
-    if isinstance(targets, int):
-        targets = [targets] * len(labels)
+    if np.ndim(targets.detach().cpu() if isinstance(targets, Tensor) else targets) == 0:
+        targets = np.full(len(labels), targets)
     found = check_labels(targets, len(labels), classes, "targets")
     for index, (target, label) in enumerate(zip(found, labels, strict=True)):
         if target == label:
@@ -85,7 +92,7 @@ def check_threat(norm: str, epsilon: float | None, levels: int | None) -> Norm:
     """Refuse norms, radii and grey levels that mean nothing."""
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
-    if epsilon is not None and not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
+    if epsilon is not None and not (isinstance(epsilon, Real) and 0 < epsilon < math.inf):
         raise InputError(f"epsilon must be a positive number, or None to minimise the distance; not {epsilon!r}")
     if levels is not None and (not _is_int(levels) or levels < 2):
         raise InputError(
@@ -100,22 +107,30 @@ def check_levels(levels: int | None, box: BlackBox) -> None:
         raise InputError(f"{box.name} takes images of {box.levels} grey levels: give levels={box.levels}")
 
 
-def check_count(value: object, what: str) -> None:
-    """Refuse anything but a whole number of at least one."""
-    if not _is_int(value) or value < 1:  # type: ignore[operator]
+def check_count(value: Any, what: str) -> int:
+    """A whole number of at least one, as a plain int; anything else is refused."""
+    if not _is_int(value) or value < 1:
         raise InputError(f"{what} must be a whole number of at least 1, not {value!r}")
+    return int(value)
+
+
+def check_seed(seed: Any) -> int:
+    """A whole number, as a plain int: streams are named by it."""
+    if not _is_int(seed):
+        raise InputError(f"seed must be a whole number, not {seed!r}")
+    return int(seed)
 
 
 def check_pool(
-    pool: tuple[Tensor | ArrayLike, Tensor | ArrayLike] | None, images: Tensor, box: BlackBox
+    pool: tuple[Tensor | ArrayLike, Tensor | ArrayLike] | None, images: Tensor, box: BlackBox, levels: int | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The attacker's own images and labels, which may not hold an attacked image."""
+    """The attacker's own images and labels, which may not hold an attacked image as it is transmitted with so many levels."""
     if pool is None:
         return None
     own = check_images(pool[0], box, "pool images")
     labels = check_labels(pool[1], len(own), box.classes, "pool labels")
     attacked = {sha256(image) for image in images}
-    for index, image in enumerate(own):
+    for index, image in enumerate(rounded(own, levels)):
         if sha256(image) in attacked:
             raise InputError(f"pool image {index} is one of the attacked images: the pool must be the attacker's own")
     return own, torch.tensor(labels, device=box.device)
@@ -129,7 +144,7 @@ def check_starts(starts: Tensor | ArrayLike | None, n: int, box: BlackBox) -> li
     """
     if starts is None:
         return [None] * n
-    rows = starts.detach() if isinstance(starts, Tensor) else torch.as_tensor(np.asarray(starts))
+    rows = as_tensor(starts).detach()
     if rows.ndim != 4 or len(rows) != n:
         raise InputError(f"starts must be {n} rows [C,H,W], one an image, not an array of shape {list(rows.shape)}")
     given = (~rows.isnan().flatten(1).all(dim=1)).nonzero().flatten().tolist()

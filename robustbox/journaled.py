@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustbox.evaluator import undefended
 from robustbox.journal import Journal
 from robustbox.oracle import Oracle, unusable
 from robustbox.protocol import Answer, BlackBox, Scores
@@ -37,12 +38,11 @@ def journaled(oracle: Oracle, journal: Journal | None, identity: dict[str, Any])
     Raises:
         InputError: the journal is another run's.
     """
+    model = undefended(oracle).box
     if journal is None:
+        model.resume("")
         yield
         return
-    model = oracle.box
-    while model.inner is not None:
-        model = model.inner
     journal.begin(identity, durable=model.paid)
     model.resume(journal.key)
     own, oracle.journal = dict(vars(model)), journal

@@ -90,7 +90,8 @@ class QueryLoop:
                     self._progress(self._state(len(live)))
         finally:
             for run in live:
-                self._finish(run, "stopped")
+                if not run.record.stop:  # others ended in this very round
+                    self._finish(run, "stopped")
 
     # One image's turn: its last answer goes in, its next query comes out.
 
@@ -156,7 +157,8 @@ class QueryLoop:
             run.started = True
             return next(run.search)
         if run.failure is not None:
-            return run.search.throw(run.failure)
+            run.search.throw(run.failure)
+            raise run.failure  # the attack caught it and asked again: it may not go on
         if run.cut:
             run.search.throw(BudgetExhausted())
             raise BudgetExhausted  # the attack caught it and asked again: it may not go on

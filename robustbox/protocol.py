@@ -97,9 +97,10 @@ class BlackBox(ABC):
         """
 
     def resume(self, key: str) -> None:  # noqa: B027  (most need no name)
-        """Take note that a run begins or goes on which a journal keeps, under a key that is its own and stays.
+        """Take note that a run begins or goes on, under a key that is its own and stays where a journal keeps it, else "".
 
-        A model that is asked over a network names its requests by it, so that what was in flight is not bought again.
+        A model that is asked over a network names its requests by it, so that what was in flight is not bought again, and
+        counts what the run costs.
         """
 
     def skip(self, rows: Tensor, accounts: Tensor, answered: bool) -> None:  # noqa: B027  (most keep nothing in mind)

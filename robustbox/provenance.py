@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from robustbox.environment import environment
@@ -133,8 +135,14 @@ def identity_of(
 
 def plain(value: Any) -> Any:
     """A value as JSON can hold it; what it cannot hold is named."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
     if isinstance(value, str):
         return str(value)  # plain, also of torch's own kind of string
     if isinstance(value, Mapping):

@@ -48,8 +48,16 @@ class Contents:
         return None
 
     def digest(self, system: System, *more: object) -> str:
-        """Eight digits that change with whatever is asked of a defended model."""
-        what = [self._weights(system), record_of(system.recipes()), self._images(system), self._spec.seed, *more]
+        """Eight digits that change with whatever is asked of a defended model; `more` are plain JSON values."""
+        labels = images_of(system.model, self._spec, self._world)[2].tolist()
+        what = [
+            self._weights(system),
+            record_of(system.recipes()),
+            self._images(system),
+            labels,
+            self._spec.seed,
+            *more,
+        ]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
     def _weights(self, system: System) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,8 @@ import yaml
 
 from robustbox.environment import environment
 from robustbox.errors import InputError
-from robustbox.folder import finite, replace_file
+from robustbox.folder import finite, locked, replace_file
+from robustbox.identity import sha256
 
 from .cells import Cell, Executor, Outcome, Watch, in_turn, read_cell, read_failure, run_cell
 from .certificates import certifications
@@ -99,25 +100,20 @@ class Audit:
         self.folder = Path(out) if out is not None else Path("runs") / spec.name
         self.plan: Plan = make_plan(spec, world, self.folder)
         self.contents = Contents(spec, world)
+        self._digests: dict[str, str] = {}
         self.certifications = list(certifications(spec, self.plan.systems, world, self.folder))
         self.seen: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Audit:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another audit is running in {self.folder}") from None
-        except OSError as error:
-            raise InputError(f"the audit's folder {self.folder} cannot be written to: {error.strerror}") from error
+        self._held = ExitStack()
+        self._held.enter_context(locked(self.folder, "audit"))
         self._check_contents()
         text = yaml.safe_dump(self.spec.plain(), sort_keys=False, allow_unicode=True)
         replace_file(self.folder / AUDIT, text.encode())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        self._held.close()
 
     def _check_contents(self) -> None:
         """Refuse to take what was answered about something else for answers about what is audited."""
@@ -145,8 +141,11 @@ class Audit:
 
     def _look(self, system: System) -> Path:
         """Where it stands what the pre-flight saw of a defended model; elsewhere, where anything about it is another."""
-        digest = self.contents.digest(system, asdict(self.spec.preflight))
-        return self.folder / "preflight" / f"{system.id}.{digest}.json"
+        if system.id not in self._digests:
+            subject, entry = subject_of(system, self.spec, self.world), self.spec.preflight
+            natural = [sha256(image) for image in subject.natural[: entry.benign]]
+            self._digests[system.id] = self.contents.digest(system, asdict(entry), subject.levels, natural)
+        return self.folder / "preflight" / f"{system.id}.{self._digests[system.id]}.json"
 
     def preflight(self, note: Callable[[System], None] | None = None) -> None:
         """Look at every defended model that was not looked at before, and take out the cells that cannot be run on it."""

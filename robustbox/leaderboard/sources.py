@@ -110,6 +110,9 @@ def _take(path: Path, root: Path, sources: Sources) -> None:
         if document.get("starts"):
             print(f"passed over {path.parent}: it began from given rows, whose cost is not known", file=sys.stderr)
             return
+        if any(image["stop_reason"] == "total-budget" for image in document["images"]):
+            print(f"passed over {path.parent}: its total budget ended before its images' own", file=sys.stderr)
+            return
         name = path.parent.relative_to(root).as_posix() if root.is_dir() else path.parent.name
         sources.runs.append(Run(path.parent, name if name != "." else path.parent.resolve().name, document))
     elif path.name == CERTIFIED:

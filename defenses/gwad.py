@@ -17,6 +17,7 @@ bins; no screener by edges. F_benign was taken from CIFAR-10 test images in rand
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class GWAD(StatefulDefense):
     """GWAD-style (2025): refuses queries while the cosines of an account's last steps are distributed as no benign ones are.
 
     Args:
+        window: changes nothing: what is remembered are the cosines of the last `length` steps.
         length: steps whose cosines are compared with the benign ones (the authors': 256).
         threshold: Kolmogorov-Smirnov distance above which a query is a hit.
     """
@@ -108,7 +110,8 @@ class StepMemory(Memory):
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self._last, self._step) if part is not None) + 8 * len(self._cosines)
+        rows = sum(part.nbytes for part in (self._last, self._step) if part is not None)
+        return rows + sys.getsizeof(self._cosines) + sum(map(sys.getsizeof, self._cosines))
 
     def _cosine(self, print: Thumbnail) -> list[float]:
         """The cosine of the step to this query with the last one; none before the third query."""

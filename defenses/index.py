@@ -5,6 +5,7 @@ Rows are numbered from 0 in the order in which they were added. Among equally ne
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ class SketchIndex:
     they share little. Rows that share much would make long lists; these are bitmaps, counted 64 rows at a time by
     carry-save adders, so that the newest of 20,000 near-identical rows costs little more than the first.
 
-    Memory: about 12 bytes a token.
+    Memory: about 12 bytes a token, and some 120 a token of the newest rows. A tier is forgotten as a whole: behind a window of
+    N rows tiers hold at most 3 N, or `FRESH`.
     """
 
     def __init__(self) -> None:
@@ -46,8 +48,9 @@ class SketchIndex:
 
     @property
     def nbytes(self) -> int:
-        """Memory, in bytes; fresh rows are taken for as large as they will be once sorted."""
-        return sum(tier.nbytes for tier in self._tiers) + 12 * sum(map(len, self._unsorted))
+        """Memory in bytes."""
+        fresh = _size(self._fresh) + sum(tokens.nbytes for tokens in self._unsorted)
+        return sum(tier.nbytes for tier in self._tiers) + fresh
 
     def add(self, tokens: Tokens) -> int:
         """Add a row of distinct tokens; its number."""
@@ -147,7 +150,7 @@ class _Tier:
 
     @property
     def nbytes(self) -> int:
-        return self.tokens.nbytes + self.holders.nbytes + len(self.common) * self.rows // 8
+        return self.tokens.nbytes + self.holders.nbytes + _size(self.common)
 
     def counts(self, tokens: Tokens, listed: list[int]) -> tuple[Rows, Counts]:
         """The rows that hold one of the tokens, ascending, and how many each holds."""
@@ -183,6 +186,11 @@ def _merged(older: _Tier, newer: _Tier) -> _Tier:
     tokens = np.concatenate((older.tokens, newer.tokens))
     holders = np.concatenate((older.holders, newer.holders + older.rows))
     return _Tier.of(older.first, older.rows + newer.rows, tokens, holders.astype(np.int32))
+
+
+def _size(bitmaps: dict[int, int]) -> int:
+    """Memory in bytes of a table from token to bitmap."""
+    return sys.getsizeof(bitmaps) + sum(sys.getsizeof(part) for pair in bitmaps.items() for part in pair)
 
 
 def _bitmap(positions: NDArray[np.int32], rows: int) -> int:

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from .gate import Shape, StatefulDefense
 from .index import SketchIndex, Tokens
 from .memory import Memory, Verdict
+from .table import RowTable
 
 Codes = NDArray[np.uint8]
 
@@ -147,29 +148,26 @@ class CodeMemory(Memory):
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
         self._pieces = SketchIndex()
-        self._table = np.empty((0, 0), dtype=np.uint8)
-        self._rows = 0
+        self._table = _codes(0)  # until the first row shows how many symbols there are
 
     def judge(self, print: Codes) -> Verdict:
         most = self._allowed(print)
         for rows, _ in self._pieces.shared(self._tokens(print)):
-            differing = (self._table[rows] != print).sum(axis=1)
+            differing = (self._table.at(rows) != print).sum(axis=1)
             k = int(differing.argmin())
             if differing[k] <= most:
                 return Verdict(True, int(rows[k]))
         return Verdict(False, -1)
 
     def store(self, print: Codes, verdict: Verdict) -> int:
-        if self._rows == len(self._table):
-            table = np.empty((max(64, 2 * self._rows), len(print)), dtype=np.uint8)
-            table[: self._rows] = self._table.reshape(-1, len(print))
-            self._table = table
-        self._table[self._rows] = print
-        self._rows += 1
+        if not self._table.rows:
+            self._table = _codes(len(print))
+        self._table.add(print)
         return self._pieces.add(self._tokens(print))
 
     def forget(self, before: int) -> None:
         self._pieces.forget(before)
+        self._table.forget(before)
 
     @property
     def stored(self) -> int:
@@ -177,7 +175,7 @@ class CodeMemory(Memory):
 
     @property
     def nbytes(self) -> int:
-        return self._pieces.nbytes + self.stored * self._table.shape[1]
+        return self._pieces.nbytes + self._table.nbytes
 
     def _allowed(self, print: Codes) -> int:
         """Symbols that may differ: at most this share, whatever rounding does to the product."""
@@ -189,6 +187,11 @@ class CodeMemory(Memory):
         edges = np.arange(pieces) * len(print) // pieces
         terms = (print.astype(np.int64) + 1) * _FACTORS[: len(print)]
         return np.add.reduceat(terms, edges) ^ (edges * int(_FACTORS[-1]))
+
+
+def _codes(symbols: int) -> RowTable[Codes]:
+    """An empty table of strings of so many symbols."""
+    return RowTable(lambda rows: np.empty((rows, symbols), dtype=np.uint8))
 
 
 _FACTORS: Tokens = np.cumprod(np.full(2**16, 0x5851F42D4C957F2D, dtype=np.int64))

@@ -21,11 +21,14 @@ stricter link, since unrelated images with one background are alike in families 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.special import gammaincc
 from torch import Tensor
 
@@ -33,6 +36,7 @@ from .blacklight import Blacklight, Secret
 from .gate import Shape, StatefulDefense
 from .index import SketchIndex, Tokens
 from .memory import IndexedMemory, Memory, Verdict
+from .table import RowTable
 
 # fmt: off
 UNRELATED = (1.0, 4e-3, 9.7e-4, 4.5e-4, 2.4e-4, 1.3e-4, 7.4e-5, 4.4e-5, 2.8e-5, 1.8e-5, 1.2e-5, 7.9e-6, 4.9e-6, 3.1e-6, 2e-6)
@@ -94,7 +98,7 @@ class FamilyMemory(IndexedMemory):
     def __init__(self, link: float, alpha: float, smallest: int) -> None:
         self._link, self._alpha, self._smallest = link, alpha, smallest
         self._index: SketchIndex = SketchIndex()
-        self._families: list[Family] = []  # by row number
+        self._families: RowTable[NDArray[np.object_]] = RowTable(lambda rows: np.empty(rows, dtype=np.object_))
 
     def judge(self, print: Tokens) -> Verdict:
         matches, row = self._index.best(print, CERTAIN)
@@ -104,15 +108,21 @@ class FamilyMemory(IndexedMemory):
     def store(self, print: Tokens, verdict: Verdict) -> int:
         family = self._joined(verdict.likeness, verdict.match)
         if family is not None:
-            former = self._families[verdict.match]
+            former: Family = self._families.at(verdict.match)
             former.queries, former.evidence, former.alert = family.queries, family.evidence, family.alert
             family = former
-        self._families.append(family or Family())
+        self._families.add(family or Family())
         return self._index.add(print)
+
+    def forget(self, before: int) -> None:
+        super().forget(before)
+        self._families.forget(before)
 
     @property
     def nbytes(self) -> int:
-        return self._index.nbytes + 8 * len(self._families)
+        families = {id(family): family for family in self._families.since(self._families.first)}
+        sizes = (sys.getsizeof(family) + sys.getsizeof(family.evidence) for family in families.values())
+        return self._index.nbytes + self._families.nbytes + sum(sizes)
 
     def _joined(self, matches: int, row: int) -> Family | None:
         """The family of a stored row with one query more, or None where the likeness is not enough to link to it."""
@@ -120,7 +130,7 @@ class FamilyMemory(IndexedMemory):
         chance = min(1.0, rows * unrelated(matches))
         if row < 0 or chance > self._link:
             return None
-        family = self._families[row]
+        family: Family = self._families.at(row)
         queries, evidence = family.queries + 1, family.evidence - math.log(chance)
         alert = family.alert or (
             queries >= self._smallest and float(gammaincc(queries - 1, evidence)) <= self._alpha / rows

@@ -6,12 +6,15 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import robustbox as rb
 from robustbox import registry
-from robustbox.defenses.input_noise import InputNoise
+from robustbox.defenses.input_noise import InputNoise, NoisyInputs
 from robustbox.errors import InputError
+from robustbox.identity import stream
 from robustbox.protocol import Answer, BlackBox
 
 SHAPE = (3, 8, 8)
@@ -62,6 +65,35 @@ def test_an_account_is_answered_alike_alone_in_company_and_in_passes_of_any_size
     assert torch.equal(alone, fused[FAR])
     assert not torch.equal(alone, company[others[0]])
     assert not torch.equal(alone, through(InputNoise(0.1), [[FAR]] * 6, seed=1)[FAR])
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(-3, 6), min_size=1, max_size=6), st.booleans()), max_size=12),
+    st.sampled_from([(3, 8, 8), (1, 3, 7), (3, 1, 2)]),
+)
+def test_the_nth_row_of_an_account_takes_the_nth_draw_of_its_stream(
+    passes: list[tuple[list[int], bool]], shape: tuple[int, int, int]
+) -> None:
+    """Whatever is kept of accounts, in passes of rows with channels first or last in memory."""
+    inner, streams = Echo(), dict[int, torch.Generator]()
+    box = InputNoise(1.0).wrap(inner, 5)
+    for accounts, last in passes:
+        order = torch.channels_last if last else torch.contiguous_format
+        rows = torch.zeros(len(accounts), *shape).contiguous(memory_format=order)
+        inner.rows.clear()
+        box.answer(rows, torch.tensor(accounts))
+        for row, account, seen in zip(torch.empty_like(rows), accounts, inner.rows, strict=True):
+            generator = streams.setdefault(account, stream(rows.device, 5, "input-noise", account))
+            assert torch.equal(seen, row.normal_(generator=generator))
+
+
+def test_an_account_of_one_row_keeps_no_generator() -> None:
+    box = InputNoise().wrap(Echo(), 0)
+    for first in range(0, 4000, 500):
+        box.answer(torch.zeros(500, *SHAPE), torch.arange(first, first + 500))
+    box.answer(torch.zeros(4, *SHAPE), torch.tensor([3, 5, 3, 4000]))
+    assert isinstance(box, NoisyInputs)
+    assert [account for account, kept in box._streams.items() if isinstance(kept, torch.Generator)] == [3, 5]
 
 
 def test_rows_leave_the_box_unless_clipped() -> None:

@@ -43,6 +43,18 @@ def test_a_hit_is_a_mean_distance_to_the_k_nearest() -> None:
     assert memory.judge(torch.tensor([0.0])).hit is True  # 2 exactly
 
 
+def test_threshold_0_refuses_repeats_however_old() -> None:
+    points = torch.randn(2000, 256, generator=torch.Generator().manual_seed(0)).mul_(1e4).round_().div_(1e4)
+    memory = KnnMemory(256, torch.device("cpu"), k=2, threshold=0.0)
+    for point in torch.cat((points, points)):
+        verdict = memory.judge(point)
+        assert not verdict.hit
+        memory.store(point, verdict)
+    for number in (0, 700, 1999):
+        assert memory.judge(points[number]) == Verdict(True, number)
+        assert not memory.judge(points[number] + 1e-4).hit
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_no_hit_before_k_stored_queries(gate: OSD | IoTSDM) -> None:
     """P17: near-identical queries; OSD then forgets everything, so that hits count accounts."""

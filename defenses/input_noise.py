@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from robustbox.errors import InputError
 from robustbox.identity import stream
-from robustbox.protocol import BlackBox, Defense
+from robustbox.protocol import Answer, BlackBox, Defense
 
 from .transforms import Transformed
 
@@ -54,6 +55,9 @@ class NoisyInputs(Transformed):
     Each account draws from a stream of its own, seeded by (seed, account), row after row: what it is answered depends
     neither on its neighbours nor on how rows are fused into passes. A generator takes 2.7 kB, and many accounts send one row
     only (the evaluator's): a generator is kept from the second row on, for which the first row's noise is drawn again.
+
+    Noise of rows to which the model failed to give answers is that of their accounts' next rows: where these are the same rows
+    again, a gate behind sees nothing new.
     """
 
     def __init__(self, inner: BlackBox, noise: InputNoise, seed: int) -> None:
@@ -61,15 +65,38 @@ class NoisyInputs(Transformed):
         self.stochastic = True
         self._noise, self._seed = noise, seed
         self._streams: dict[int, torch.Generator | int] = {}  # a number: how many values an account's only row took
+        self._unheard: dict[int, deque[Tensor]] = {}
+
+    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        """Answer rows float32 [n,C,H,W] in [0, 1], each with noise drawn for it alone."""
+        noise = self._drawn(rows, accounts.tolist())
+        try:
+            return self._show(self._noisy(rows, noise), accounts)
+        except BaseException:
+            for row, account in reversed([*zip(noise, accounts.tolist(), strict=True)]):
+                self._unheard.setdefault(account, deque()).appendleft(row)
+            raise
 
     def transform(self, rows: Tensor, accounts: Tensor) -> Tensor:
         """Rows [n,C,H,W], each with noise drawn for it alone."""
-        noise = torch.empty_like(rows)
-        # A draw for each row: one draw of n rows takes other numbers from a generator than n draws of one.
-        for row, account in zip(noise, accounts.tolist(), strict=True):
-            self._draw(row, account)
+        return self._noisy(rows, self._drawn(rows, accounts.tolist()))
+
+    def _noisy(self, rows: Tensor, noise: Tensor) -> Tensor:
         noisy = torch.add(rows, noise, alpha=self._noise.sigma)
         return noisy.clamp_(0, 1) if self._noise.clip else noisy
+
+    def _drawn(self, rows: Tensor, accounts: list[int]) -> Tensor:
+        """Unit noise like rows [n,C,H,W]."""
+        noise = torch.empty_like(rows)
+        # A draw for each row: one draw of n rows takes other numbers from a generator than n draws of one.
+        for row, account in zip(noise, accounts, strict=True):
+            if account not in self._unheard:
+                self._draw(row, account)
+                continue
+            row.copy_(self._unheard[account].popleft())
+            if not self._unheard[account]:
+                del self._unheard[account]
+        return noise
 
     def _draw(self, row: Tensor, account: int) -> None:
         """Fill a row [C,H,W] with the next values of an account's stream."""

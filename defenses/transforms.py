@@ -49,8 +49,11 @@ class Transformed(Outer):
 
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
         """Answer rows float32 [n,C,H,W] in [0, 1] as the black box behind answers what becomes of them."""
-        shown, levels = self.transform(rows, accounts), self.inner.levels
-        return self._inner_answer(shown if levels is None else rounded(shown.clamp(0, 1), levels), accounts)
+        return self._show(self.transform(rows, accounts), accounts)
+
+    def _show(self, rows: Tensor, accounts: Tensor) -> Answer:
+        levels = self.inner.levels
+        return self._inner_answer(rows if levels is None else rounded(rows.clamp(0, 1), levels), accounts)
 
     @abstractmethod
     def transform(self, rows: Tensor, accounts: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from robustbox import run_attack
 from robustbox.attacks.pixels import PixelExhaustive, RandomPixels, corners, decode, exactly, paint, pixels_of
 from robustbox.errors import InputError
 from robustbox.protocol import Attack, Task
+from tests.toys import HalfSpace
 
 from .analytic import drive, task
 
@@ -204,3 +205,10 @@ def test_options_that_mean_nothing(options: dict[str, object]) -> None:
 def test_the_batch_of_the_enumeration_is_checked() -> None:
     with pytest.raises(InputError, match="batch"):
         PixelExhaustive(batch=0)
+
+
+def test_an_image_of_corner_colours_alone_has_no_empty_query() -> None:
+    rows = (torch.stack([image((1, 4, 4), seed) for seed in range(2)]) > 0.5).float()
+    result = run_attack(HalfSpace(threshold=2.0), rows, [0, 0], "pixel-exhaustive", norm="l0", budget=100)
+    assert result.stop_reasons == ["finished"] * 2
+    assert result.queries.tolist() == [16, 16]

@@ -17,6 +17,7 @@ import robustbox as rb
 from robustbox import registry
 from robustbox.defenses.gate import Action, Shape, StatefulDefense, StatefulGate
 from robustbox.defenses.gate import Scope as Whose
+from robustbox.defenses.input_noise import InputNoise
 from robustbox.defenses.memory import Memory, Verdict
 from robustbox.dispatch import joined
 from robustbox.errors import InputError, ModelError
@@ -230,6 +231,21 @@ def test_rows_that_are_sent_again_since_the_model_failed_are_judged_once(
     assert torch.equal(answer.labels, wanted.labels)
     for key in ("rows", "hits", "banned_rows", "first_hit", "accounts_banned"):
         assert gate.statistics()[key] == calm.statistics()[key]
+
+
+def test_noise_before_a_gate_does_not_make_new_rows_of_those_that_are_sent_again() -> None:
+    refused = []
+    for failing in ([], [2]):
+        gate = NearGate(action="ban").wrap(Failing(failing), 0)
+        box, told = InputNoise(sigma=0.002).wrap(gate, 0), []
+        for value in (50, 70, 90):
+            rows, one = rows_of([value]), torch.tensor([1])
+            try:
+                told.append(box.answer(rows, one))
+            except ModelError:
+                told.append(box.answer(rows, one))
+        refused.append(statuses(joined(told)))
+    assert refused == ["aaa", "aaa"]
 
 
 def test_a_row_that_failed_is_not_waited_for_for_ever() -> None:

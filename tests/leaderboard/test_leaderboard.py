@@ -89,6 +89,18 @@ def test_runs_that_began_from_given_rows_are_passed_over(tmp_path: Path, capsys:
     assert "given: it began from given rows, whose cost is not known" in capsys.readouterr().err
 
 
+def test_runs_whose_images_a_total_budget_cut_short_are_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(tmp_path / "cut", [[(3, 0.5)], []])
+    results = tmp_path / "cut" / "results.json"
+    document = json.loads(results.read_text())
+    document["images"][1]["stop_reason"] = "total-budget"
+    results.write_text(json.dumps(document))
+    assert find([tmp_path]).runs == []
+    assert "its total budget ended before its images' own" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["digits-cnn", "digits-cnn+blacklight", "digits-cnn+input-noise"])
 def test_a_true_entry_is_verified(site: Path, runs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--verify", str(site / "entries" / f"{name}.json"), "--runs", str(runs)]) == 0

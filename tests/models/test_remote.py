@@ -22,7 +22,7 @@ from robustbox.errors import InputError, ModelError
 from robustbox.models.addresses import ACCOUNT_TOKENS, TOKEN
 from robustbox.models.remote import RemoteBox
 from robustbox.models.service_file import Request, Retry, ServiceFile, read_service
-from robustbox.protocol import BlackBox
+from robustbox.protocol import Answer, BlackBox
 from robustbox.service import Limits, Service
 from tests.services import running, served
 from tests.toys import HalfSpace, images
@@ -241,6 +241,39 @@ def test_the_stop_on_money_holds_when_a_run_goes_on(tmp_path: Path) -> None:
     traffic = box.describe()["traffic"]
     assert traffic["rows_answered"] == model.rows > asked  # type: ignore[index]
     assert model.rows == sum(rb.run_attack(HalfSpace(), images(3), [0] * 3, "cgba", budget=20).ledger.values())
+
+
+def test_runs_on_one_box_have_their_own_traffic_and_one_purse(tmp_path: Path) -> None:
+    class Tired(HalfSpace):
+        strength = 10**9
+
+        def of(self, rows: torch.Tensor) -> Answer:
+            if self.rows > self.strength:
+                raise RuntimeError("planted")
+            return super().of(rows)
+
+    def traffic(result: rb.AttackResult) -> dict[str, Any]:
+        found: dict[str, Any] = result.meta["model"]["traffic"]
+        return found
+
+    model = Tired()
+    with served(model) as (address, _):
+        box = paid(address, max_cost=9.0, retry=Retry(attempts=1))
+        for out in (None, tmp_path / "first"):
+            before = model.rows
+            result = rb.run_attack(box, images(2), [0, 0], "random", budget=20, out=out)
+            assert traffic(result)["rows_answered"] == model.rows - before == sum(result.ledger.values())
+        before, model.strength = model.rows, model.rows + 30
+        setting: dict[str, Any] = {"budget": 30, "out": tmp_path / "stopped", "max_rows": 4}
+        with pytest.raises(ModelError):
+            rb.run_attack(box, images(2), [0, 0], "random", **setting)
+        model.strength = 10**9
+        result = rb.run_attack(box, images(2), [0, 0], "random", **setting)  # the same process goes on
+        assert traffic(result)["rows_answered"] == sum(result.ledger.values())
+        assert traffic(result)["rows_doubtful"] == 0
+        with pytest.raises(ModelError, match=r"USD are spent"):
+            rb.run_attack(box, images(2), [0, 0], "random", budget=90)
+    assert 0.05 * (model.rows + 4) > 8.5  # not counted twice: the purse was emptied by what was really bought
 
 
 def test_a_ledger_holds_over_many_runs(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from robustbox import InputError, list_attacks, run_attack
+from robustbox import InputError, ModelError, list_attacks, run_attack
 from robustbox.protocol import Answer, BlackBox, Defense, Query, Search, Task
-from tests.toys import HalfSpace, Scripted, Walk, images
+from tests.toys import Failing, HalfSpace, Scripted, Walk, images
 
 
 class Coin(BlackBox):
@@ -183,6 +185,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "target is label": ({"targets": [0]}, "the target of image 0 is its own label"),
     "target out of range": ({"targets": [7]}, "targets must be 0 to 1"),
     "pool holds an attacked image": ({"pool": (ONE, [0])}, "pool image 0 is one of the attacked images"),
+    "target out of range, a number of numpy's": ({"targets": np.int64(7)}, "targets must be 0 to 1"),
+    "pool holds an image as it is sent": (
+        {"pool": (ONE, [0]), "levels": 256},
+        "pool image 0 is one of the attacked images",
+    ),
+    "seed": ({"seed": 0.5}, "seed must be a whole number"),
+    "no pixel": ({"images": ONE[..., :0]}, "no image to attack"),
     "scores of labels": ({"knowledge": "logits"}, "unknown knowledge level"),
 }
 
@@ -208,6 +217,68 @@ def test_the_wrong_size_is_refused_where_the_model_says_its_own() -> None:
 def test_no_image_classified_correctly_is_an_error() -> None:
     with pytest.raises(InputError, match="no image is classified correctly"):
         run_attack(HalfSpace(), images(3), [1] * 3, Walk())
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    plain: dict[str, Any] = {"budget": 40, "seed": 3, "levels": 256, "epsilon": 0.25, "targets": 1}
+    numpy: dict[str, Any] = {
+        **{name: np.int64(plain[name]) for name in ("budget", "seed", "levels", "targets")},
+        "epsilon": np.float32(0.25),
+    }
+    rows = images(2)
+    results = [
+        run_attack(HalfSpace(), rows, [0, 0], "cgba", attack_options={"n0": n0}, out=tmp_path / name, **setting)
+        for name, n0, setting in (("plain", 11, plain), ("numpy", np.int64(11), numpy))
+    ]
+    assert results[0].traces == results[1].traces
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("plain", "numpy"))
+    for name in ("budget", "seed", "levels", "epsilon", "attack"):
+        assert one[name] == two[name]
+    same = (tmp_path / name / "config.yaml" for name in ("plain", "numpy"))
+    assert len({file.read_text() for file in same}) == 1
+
+
+def test_arrays_with_reversed_axes_are_images() -> None:
+    rows = images(2)
+    turned = run_attack(HalfSpace(), rows.numpy()[..., ::-1], [0, 0], Walk(), budget=6)
+    assert turned.traces == run_attack(HalfSpace(), rows.flip(3), [0, 0], Walk(), budget=6).traces
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"targets": 7}, "targets must be 0 to 1"), ({"pool": (images(2, seed=5), [0, 9])}, "pool labels")],
+)
+def test_classes_that_a_first_answer_shows_are_checked_before_the_attack(wrong: dict[str, Any], says: str) -> None:
+    box = HalfSpace()
+    asked: list[int] = []
+
+    def callable_(rows: torch.Tensor) -> Any:
+        asked.append(len(rows))
+        return box.of(rows).scores
+
+    with pytest.raises(InputError, match=says):
+        run_attack(callable_, ONE, [0], Walk(), **wrong)
+    assert sum(asked) == 1  # the clean check's
+
+
+def test_what_was_found_comes_with_a_model_that_fails_in_the_clean_check(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as stop:
+        run_attack(Failing(1, lambda answer: 1 / 0), images(2), [0, 0], Walk(), out=tmp_path)  # type: ignore[arg-type, return-value]
+    assert stop.value.result is not None
+    assert stop.value.result.stop_reasons == ["stopped"] * 2
+    assert not json.loads((tmp_path / "results.json").read_text())["complete"]
+
+
+def test_what_was_paid_for_stays_when_a_defense_finds_bad_input_in_the_middle(tmp_path: Path) -> None:
+    def refuses(answer: Answer) -> Answer:
+        raise InputError("planted")
+
+    with pytest.raises(InputError, match="planted"):
+        run_attack(Failing(20, refuses), images(2), [0, 0], Walk(), out=tmp_path, max_rows=4)
+    box = HalfSpace()
+    whole = run_attack(HalfSpace(), images(2), [0, 0], Walk(), max_rows=4)
+    assert run_attack(box, images(2), [0, 0], Walk(), out=tmp_path, max_rows=4).traces == whole.traces
+    assert box.rows < sum(whole.ledger.values())  # what was answered before is not asked again
 
 
 def test_attacks_are_listed() -> None:

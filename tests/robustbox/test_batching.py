@@ -52,3 +52,13 @@ def test_a_full_device_halves_it_for_good() -> None:
     for _ in range(20):
         batch.observe(16, 1e-9)
     assert batch.size == 16
+
+
+@pytest.mark.parametrize("multiple", [3, 5, 7])
+def test_it_climbs_where_rows_go_together_and_no_pass_is_as_large_as_its_size(multiple: int) -> None:
+    batch = BatchSize()
+    for _ in range(100):
+        rows = max(batch.size // multiple, 1) * multiple
+        batch.observe(rows, 1.0, multiple)  # more rows cost nothing
+        batch.observe(1, 1e-9, 1)  # the last pass of a round
+    assert batch.size == 4096

@@ -92,6 +92,18 @@ class TestLabels:
         _, answer = ask(lambda rows: np.asarray(rows).reshape(len(rows), -1) @ WEIGHTS.numpy())
         assert answer.labels.tolist() == logits(ROWS).argmax(1).tolist()
 
+    @pytest.mark.parametrize("kind", [torch.from_numpy, np.asarray])
+    def test_a_model_may_write_its_next_answer_where_its_last_one_stands(self, kind: Any) -> None:
+        held = np.zeros((len(ROWS), 7), dtype=np.float32)
+
+        def reusing(rows: Tensor) -> Any:
+            held[: len(rows)] = logits(rows)
+            return kind(held[: len(rows)])
+
+        box, first = ask(reusing)
+        box.answer(1 - ROWS, ACCOUNTS)
+        torch.testing.assert_close(first.scores, logits(ROWS))
+
     def test_changing_its_mind_is_an_error(self) -> None:
         box, _ = ask(logits)
         box.function = lambda rows: logits(rows).argmax(1)

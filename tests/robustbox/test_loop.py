@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
 
-from robustbox import run_attack
+from robustbox import ModelError, run_attack
 from robustbox.loop import Progress
 from robustbox.protocol import Answer, BudgetExhausted, Query, Search, Task
 from robustbox.records import inside
-from tests.toys import Gate, HalfSpace, Scripted, Walk, images, stubborn
+from tests.toys import Failing, Gate, HalfSpace, Scripted, Walk, images, stubborn
 
 BUDGETS = (1, 2, 7, 100)
 
@@ -213,6 +215,32 @@ def test_an_attack_that_raises_or_asks_nonsense_ends_its_own_image_only() -> Non
         assert said is not None
         assert part in said
     assert box.rows == sum(result.ledger.values())
+
+
+def test_an_attack_that_catches_the_error_of_its_own_row_may_not_go_on() -> None:
+    def script(task: Task) -> Search:
+        while True:
+            with suppress(ValueError):
+                yield Query(torch.full_like(task.image, torch.nan)[None])
+
+    result = run_attack(HalfSpace(), images(2), [0, 0], Scripted(script), budget=9)
+    assert result.stop_reasons == ["error"] * 2
+    assert result.queries.tolist() == [0, 0]
+
+
+def test_an_image_that_ended_in_the_round_in_which_the_model_failed_has_ended() -> None:
+    rows = images(3)
+    last = float(rows[2].double().sum())
+
+    def script(task: Task) -> Search:
+        yield Query((task.image + 0.4).clamp(0, 1)[None])
+        if float(task.image.double().sum()) == last:
+            yield Query(task.image[None])
+
+    with pytest.raises(ModelError) as stop:
+        run_attack(Failing(7, lambda answer: 1 / 0), rows, [0] * 3, Scripted(script), max_rows=3)  # type: ignore[arg-type, return-value]
+    assert stop.value.result is not None
+    assert stop.value.result.stop_reasons == ["finished", "finished", "stopped"]
 
 
 def test_refused_rows_are_charged_and_never_count_as_successes() -> None:

@@ -183,7 +183,7 @@ class Prober:
             judged = self.judge(answer)
             slopes, known = self._slopes(judged, scales, base)
             u = noise.get()
-            total += (slopes @ (u.sign() if self.vote else u).flatten(1)).view_as(total)
+            total += (slopes.to(u.dtype) @ (u.sign() if self.vote else u).flatten(1)).view_as(total)
             losses.append(judged[known.repeat_interleave(2) if self.paired else known])
             del noise, u
         told = torch.cat(losses)

@@ -59,6 +59,8 @@ class LocalBox(BlackBox):
             kind = self.scores if self.scores in ("probability", "logit") else recognise(output)
             answer = Answer.of(output.argmax(dim=1), output)
             self.classes = self.classes or output.shape[1]
+            if output.shape[1] != self.classes:
+                raise ModelError(f"{self.name} returned scores of {output.shape[1]} classes, and has {self.classes}")
         else:
             kind, answer = "none", Answer.of(output.long())
         if self.scores is None:

@@ -133,6 +133,12 @@ class Oracle:
         host = torch.stack((answer.labels.long(), answer.status.long(), unusable(answer))).cpu()  # one transfer
         if host[2].any():
             raise ModelError(f"the model answered NaN or infinite scores for {int(host[2].sum())} of {n} rows")
+        labels = host[0][host[1] == ANSWERED]
+        if len(labels) and (int(labels.min()) < 0 or (self.box.classes or 2**63) <= int(labels.max())):
+            raise ModelError(
+                f"the model answered classes from {int(labels.min())} to {int(labels.max())}, and has "
+                f"{self.box.classes or 'none below 0'}: labels count from 0"
+            )
         return Answer(host[0], answer.scores, host[1].to(torch.uint8))
 
 

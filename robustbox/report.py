@@ -57,11 +57,17 @@ def defended(document: Mapping[str, Any]) -> str:
 
 
 def distances_at(images: Sequence[Mapping[str, Any]], queries: Sequence[float]) -> list[list[float]]:
-    """The least adversarial distance of each image within so many queries, a row for each number; inf until there is one."""
+    """The least adversarial distance of each image within so many queries, a row for each number; inf until there is one, and
+    for a success that the evaluator did not confirm."""
+    traces = [[] if _unconfirmed(image) else image["trace"] for image in images]
     return [
-        [min((far for query, far in image["trace"] if query <= limit), default=math.inf) for image in images]
+        [min((far for query, far in trace if query <= limit), default=math.inf) for trace in traces]
         for limit in queries
     ]
+
+
+def _unconfirmed(image: Mapping[str, Any]) -> bool:
+    return bool(image["success_any"] and not image["success"])
 
 
 def milestones(budget: int) -> list[int]:
@@ -76,7 +82,7 @@ def success_picture(document: Mapping[str, Any]) -> Markup:
 
     attacked = [image for image in document["images"] if image["clean_correct"]]
     until = followed([i["stop_reason"] for i in attacked], [i["queries"] for i in attacked], document["budget"])
-    curve = success_curve([image["first_success"] for image in attacked], until)
+    curve = success_curve([0 if _unconfirmed(image) else image["first_success"] for image in attacked], until)
     ends = [*curve.queries.tolist(), float(document["budget"])]
     value, low, high = ([100 * x for x in [*row.tolist(), row[-1]]] for row in (curve.value, curve.low, curve.high))
     return curves(

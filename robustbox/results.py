@@ -107,10 +107,14 @@ class AttackResult:
     def distance_at(self, queries: int) -> NDArray[np.float64]:
         """The least adversarial distance of each image within its first `queries` queries, [N]; inf until one is found.
 
-        Misclassified images are NaN: nothing was asked about them.
+        A success that the evaluator did not confirm is none: inf. Misclassified images are NaN: nothing was asked about them.
         """
         best = [min((far for query, far in trace if query <= queries), default=np.inf) for trace in self.traces]
-        return np.where(self.clean_correct, best, np.nan)
+        return np.where(self.clean_correct, np.where(self._unconfirmed, np.inf, best), np.nan)
+
+    @property
+    def _unconfirmed(self) -> NDArray[np.bool_]:
+        return self.success_any & ~self.success
 
     def success_at(self, queries: int, epsilon: float | None = None) -> NDArray[np.bool_]:
         """Which images have an adversarial within `queries` queries and `epsilon` (None: the run's own), bool [N]."""
@@ -154,9 +158,9 @@ class AttackResult:
         }
 
     def _censored_queries(self) -> NDArray[np.float64]:
-        """Queries to the first success of each attacked image; inf where there was none."""
-        first = self.first_success[self.clean_correct].astype(float)
-        return np.where(first > 0, first, np.inf)
+        """Queries to the first success of each attacked image; inf where there was none, or none that was confirmed."""
+        won = (self.first_success > 0) & ~self._unconfirmed
+        return np.where(won, self.first_success, np.inf)[self.clean_correct]
 
 
 def meets_gates(attack: str) -> bool:

@@ -47,6 +47,22 @@ def test_every_claim_of_an_attack_stands_in_the_table() -> None:
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_scores_may_be_of_any_precision(mode: Mode, dtype: torch.dtype) -> None:
+    class Precise(Plane):
+        def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+            answer = super().answer(rows, accounts)
+            assert answer.scores is not None
+            return Answer.of(answer.labels, answer.scores.to(dtype))
+
+    result = run_attack(Precise(), images(2), [0] * 2, budget=60, knowledge="score", **mode.setting())
+    assert not any(result.errors), result.errors
+    if dtype == torch.float64:
+        plain = run_attack(Plane(), images(2), [0] * 2, budget=60, knowledge="score", **mode.setting())
+        assert result.success.tolist() == plain.success.tolist()
+
+
+@every
 @pytest.mark.parametrize("budget", [1, 7, 100, 1000])
 def test_counts_are_exact(mode: Mode, budget: int) -> None:
     n = 1 if budget == 1000 else 2

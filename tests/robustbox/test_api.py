@@ -67,6 +67,9 @@ def test_a_lucky_draw_is_no_success_of_a_stochastic_black_box() -> None:
     assert not result.success_undefended.any()
     assert not result.success.any()
     assert result.summary()["unconfirmed"] == 8
+    assert np.isinf(result.distance_at(40)).all()  # what was not confirmed is a failure in every figure
+    assert not result.success_at(40).any()
+    assert result.summary()["median_queries_to_success"] == np.inf
     assert result.ledger == {"verify": 8 * 25 + 8 * 25 + 8, "attack": 320}
     assert box.rows == sum(result.ledger.values())
 

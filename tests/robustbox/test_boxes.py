@@ -104,6 +104,12 @@ class TestLabels:
         box.answer(1 - ROWS, ACCOUNTS)
         torch.testing.assert_close(first.scores, logits(ROWS))
 
+    def test_another_number_of_classes_is_an_error(self) -> None:
+        box = CallableBox(lambda rows: logits(rows)[:, : len(rows)])
+        box.answer(ROWS, ACCOUNTS)
+        with pytest.raises(ModelError, match="returned scores of 3 classes, and has 5"):
+            box.answer(ROWS[:3], ACCOUNTS[:3])
+
     def test_changing_its_mind_is_an_error(self) -> None:
         box, _ = ask(logits)
         box.function = lambda rows: logits(rows).argmax(1)

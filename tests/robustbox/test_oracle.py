@@ -114,6 +114,8 @@ WRONG = {
     "NaN": lambda a: Answer(a.labels, a.scores * torch.nan, a.status),
     "infinite": lambda a: Answer(a.labels, a.scores + torch.inf, a.status),
     "asked": lambda a: Answer(a.labels[1:], a.scores[1:], a.status[1:]),
+    "classes from -1 to": lambda a: Answer(a.labels - 1, a.scores, a.status),
+    "to 9, and has 2": lambda a: Answer(torch.full_like(a.labels, 9), a.scores, a.status),
     "planted": lambda a: 1 / 0,
 }
 

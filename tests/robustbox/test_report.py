@@ -52,8 +52,16 @@ def test_a_run_that_ended_early_has_a_report(tmp_path: Path) -> None:
 
 
 def test_distances_are_those_within_the_queries() -> None:
-    traced = [{"trace": [[3, 2.0], [9, 1.0]]}, {"trace": []}]
-    assert distances_at(traced, [2, 3, 10]) == [[float("inf")] * 2, [2.0, float("inf")], [1.0, float("inf")]]
+    traced = [
+        {"trace": [[3, 2.0], [9, 1.0]], "success": True, "success_any": True},
+        {"trace": [], "success": False, "success_any": False},
+        {"trace": [[1, 0.5]], "success": False, "success_any": True},  # which the evaluator did not confirm
+    ]
+    assert distances_at(traced, [2, 3, 10]) == [
+        [float("inf")] * 3,
+        [2.0, *[float("inf")] * 2],
+        [1.0, *[float("inf")] * 2],
+    ]
     assert milestones(1) == [1]
     points = milestones(1000)
     assert (points[0], points[-1]) == (1, 1000)

@@ -58,18 +58,22 @@ class Asked:
         self._live = torch.arange(0, device=like.device)
         self._kept = self._next = like.new_zeros(0, 0)
 
-    def sample(self, n: int, variances: Tensor, across: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    def sample(
+        self, n: int, variances: Tensor, across: Sequence[Tensor], generator: torch.Generator, noted: bool = True
+    ) -> Tensor:
         """Noise [n,C,H,W] orthogonal to what was asked and to its own rows, where there are dimensions enough.
 
         Args:
             variances: of its coefficients [C,H,W]; what was asked of those that have none is forgotten.
             across: images [1,C,H,W], orthogonal to one another, along which it is to have no part.
+            noted: whether it is what `keep` then takes in.
         """
         self._restrict(variances.flatten().nonzero()[:, 0])
         size, root = len(self._live), variances.flatten()[self._live].sqrt()
         most = min(int(FULL * size), HELD_BYTES // (size * root.element_size()))
         drawn = torch.randn(n, size, generator=generator, device=generator.device)
-        rows, self._next = orthonormal(drawn, self._kept, most)
+        rows, kept = orthonormal(drawn, self._kept, most)
+        self._next = kept if noted else self._next
         u = rows.new_zeros(n, math.prod(self._shape))
         u.index_copy_(1, self._live, rows * (root * math.sqrt(size)))
         u = self.basis.compose(u.view(n, *self._shape))
@@ -79,7 +83,7 @@ class Asked:
         return u
 
     def keep(self) -> None:
-        """Take in that the noise of the last `sample` was asked."""
+        """Take in that the noise of the last `sample` that was noted was asked."""
         self._kept = self._next
 
     def _restrict(self, live: Tensor) -> None:

@@ -26,7 +26,9 @@ from .rays import RayS, turn_over
 from .starts import brought, find_start
 
 
-def approach(task: Task, guess: float, precision: float) -> Generator[Query, Answer, Tensor | None]:
+def approach(
+    task: Task, guess: float, precision: float, thresholds: Tensor | None = None
+) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], just beyond the boundary on the way from the image to it; None if nothing did.
 
     Flips follow a climb or what was brought alone: from what is found without one normals lead on as fast, and RayS has flipped
@@ -35,10 +37,11 @@ def approach(task: Task, guess: float, precision: float) -> Generator[Query, Ans
     Args:
         guess: the share of the way to the image that the line search tries first where no climb came before it.
         precision: the bracket at which it ends, over the distance; and the guess after a climb.
+        thresholds: by which it dithers, as `inward`.
 
     Cost: that of `climb`, or of a `race` of it with `bring` where something was brought and with RayS in linf untargeted; where
-    it found nothing of `find_start`, towards a target of `imagine`; of `flip` in linf, unless RayS won; and of `inward`, 7 to 9
-    rows.
+    it found nothing of `find_start`, towards a target of `imagine`; of `flip` in linf, unless RayS won; and of `inward`, 1 row
+    where nothing nearer is found after a climb, else 7 to 9.
     """
     flips, targeted = task.norm == "linf", task.target is not None
     least = START if flips and targeted else None
@@ -60,7 +63,7 @@ def approach(task: Task, guess: float, precision: float) -> Generator[Query, Ans
             return None
     if flips and climbed:
         point = yield from flip(task, point)
-    point, _ = yield from inward(task, point, precision if climbed else guess, precision)
+    point, _ = yield from inward(task, point, precision if climbed else guess, precision, thresholds)
     return point
 
 

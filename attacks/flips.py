@@ -22,8 +22,8 @@ from torch import Tensor
 
 from robustbox.protocol import Answer, Query, Task
 
+from .levels import dither, on_levels
 from .nearer import nearer
-from .rays import dither, on_levels
 
 START, FLIPS = 0.05, 3.0
 """How much nearer the first row is, and the last ones are, times the number of dimensions."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from robustbox.distances import distance
 from robustbox.protocol import ANSWERED, Answer, Knob, Query, Task
 
+from .levels import on_levels
 from .noise import Noise
 from .subspaces import Sampler
 
@@ -97,8 +98,13 @@ def furthest(
     return good, max(good or guess / 2, 4 * tolerance)
 
 
-def inward(task: Task, end: Tensor, guess: float, tolerance: float) -> Generator[Query, Answer, tuple[Tensor, float]]:
+def inward(
+    task: Task, end: Tensor, guess: float, tolerance: float, thresholds: Tensor | None = None
+) -> Generator[Query, Answer, tuple[Tensor, float]]:
     """From a point that reaches the goal [1,C,H,W] towards the source: straight in l2, by a shrinking ball in linf.
+
+    Args:
+        thresholds: of `on_levels` in linf: rows are dithered.
 
     Returns:
         The nearest point found good, and the share of the way that it went, for the next time.
@@ -109,17 +115,21 @@ def inward(task: Task, end: Tensor, guess: float, tolerance: float) -> Generator
     def line(share: float) -> Tensor:
         return torch.lerp(end, image, share)
 
-    path = line if task.norm == "l2" else shrinking(image, end - image, radius)
+    path = line if task.norm == "l2" else shrinking(task, end - image, radius, thresholds)
     share, guess = yield from furthest(task, path, guess, 1.0, tolerance)
     return (path(share) if share else end), guess
 
 
-def shrinking(image: Tensor, delta: Tensor, radius: float) -> Callable[[float], Tensor]:
-    """A path in linf: an image [C,H,W] with a change [1,C,H,W] cut off at the radius, less a share of it in [0, 1]."""
+def shrinking(task: Task, delta: Tensor, radius: float, thresholds: Tensor | None = None) -> Callable[[float], Tensor]:
+    """A path in linf: the image with a change [1,C,H,W] cut off at the radius, less a share of it in [0, 1].
+
+    With the thresholds of `on_levels` where it is cut off is dithered: else all values there would change by a whole grey level
+    at once, and what lies between is not to be found.
+    """
 
     def path(share: float) -> Tensor:
         far = (1 - share) * radius
-        return (image + delta.clamp(-far, far)).clamp_(0, 1)
+        return on_levels(task, delta.clamp(-far, far), thresholds)
 
     return path
 

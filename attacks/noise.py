@@ -27,10 +27,13 @@ class Noise:
         sample: draws n of them.
         size: how many.
         like: what one of them is as large as, [1,C,H,W].
+        fresh: draws those that are renewed, where that may depend on what changed meanwhile, which `sample` must not.
     """
 
-    def __init__(self, generator: torch.Generator, sample: Sampler, size: int, like: Tensor) -> None:
-        self._generator, self._sample, self._size = generator, sample, size
+    def __init__(
+        self, generator: torch.Generator, sample: Sampler, size: int, like: Tensor, fresh: Sampler | None = None
+    ) -> None:
+        self._generator, self._sample, self._fresh, self._size = generator, sample, fresh or sample, size
         self._small = size * like.numel() * like.element_size() <= HELD_BYTES
         self._held: Tensor | None = None
         self._state: Tensor | None = None
@@ -44,8 +47,8 @@ class Noise:
 
     def renew(self, positions: list[int]) -> Tensor:
         """Other noise at these positions."""
-        fresh = self._sample(len(positions))
         self._held = self.get()
+        fresh = self._fresh(len(positions))
         self._held[positions] = fresh
         return fresh
 

@@ -23,8 +23,8 @@ Deviations from the paper's algorithm:
 - With an epsilon, the first row after a passed check is asked at that radius: it decides, where it lies below r.
 - Where no direction of the first three stages reached the goal at any radius, signs of blocks are drawn at random until one
   does: the paper goes on to flip one block at a time of its first direction, all up.
-- Rows that are rounded to grey levels are dithered (`on_levels`): else r could only fall by a whole level at once, which no
-  small block achieves.
+- Rows that are rounded to grey levels are dithered (`levels.on_levels`): else r could only fall by a whole level at once,
+  which no small block achieves.
 
 The knob `block` is the least number of values that a step flips (whole; n / 1024 to n / 2): a block then begins where the
 stage says, but is that long. A refused step is drawn again as a block of the same length at a random place; refused for
@@ -46,6 +46,7 @@ from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, Attack, Knob, Norm, Query, Search, Task
 
+from .levels import dither, on_levels
 from .moves import bisect_arc, hold
 
 PATIENCE = 3
@@ -212,24 +213,3 @@ def within(task: Task) -> float | None:
     if task.epsilon is None or task.levels is None:
         return task.epsilon
     return math.floor(task.epsilon * (task.levels - 1) + 1e-3) / (task.levels - 1)
-
-
-def dither(task: Task) -> Tensor | None:
-    """Thresholds for `on_levels`, uniform between 0 and 1 [C,H,W]; None where rows are not rounded."""
-    if task.levels is None:
-        return None
-    noise = torch.rand(task.image.shape, generator=task.generator, device=task.image.device)
-    return noise.mul_(0.998).add_(1e-3)  # off the edges: whole levels stay whole whatever float32 makes of them
-
-
-def on_levels(task: Task, deltas: Tensor, thresholds: Tensor | None) -> Tensor:
-    """The image moved by deltas [...,C,H,W], in the box; with thresholds, by whole grey levels.
-
-    A share of the values is rounded up to the next level and the others down, by fixed thresholds, so that a perturbation
-    can grow and shrink by less than a level; where it is a whole number of levels it is left alone. No value moves by more
-    than its delta rounded up.
-    """
-    if thresholds is not None and task.levels is not None:
-        steps = task.levels - 1
-        deltas = (deltas.abs() * steps + thresholds).floor_() / steps * deltas.sign()
-    return (task.image + deltas).clamp_(0, 1)

@@ -20,7 +20,7 @@ Deviations from the paper's algorithm:
 - The start is the search that other attacks here use, repeated until it finds one, instead of uniform noise; targeted as in
   the paper from images of the target class.
 - alpha is at most l / 2: the code's projection is undefined beyond l.
-- Rows that are rounded to grey levels are dithered (`rays.on_levels`).
+- Rows that are rounded to grey levels are dithered (`levels.on_levels`).
 
 Knobs: `step` is alpha (1e-4 to 0.25), `flips` the expected number of values that a flip turns, over the image made f times
 smaller (1 to a quarter of them; p is then the same everywhere). Refused rows are drawn again from the same move, and count
@@ -43,8 +43,8 @@ from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, Attack, Knob, Norm, Query, Search, Task
 
+from .levels import dither, on_levels
 from .moves import bisect_arc, hold
-from .rays import dither, on_levels
 from .starts import find_start
 
 PERIOD, OFTEN, SELDOM = 10, 0.7, 0.3

@@ -6,8 +6,8 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
 
 - **Start.** A climb over the few numbers of a wavelet, or of a piece of a target image (`approach.py`): where the boundary is
   far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds. In linf
-  rectangles of it are then turned over while that pays; untargeted, RayS replaces both if nearer after 30 rows (`race.py`).
-  A row that was brought along (`task.start`) races them too, towards a target by a climb over pieces of it.
+  rectangles of it are then turned over while that pays; untargeted, RayS replaces both if nearer (`race.py`). A row brought
+  along races them too.
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
   (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
   waves are long), are raised where v has its energy, and are learnt (`spectrum.py`).
@@ -24,17 +24,18 @@ as CGBA does (`cgba.py`). What differs is how few labels it takes:
   After answers of which more than 85 % succeed it is made more precise, until the noise sees the boundary again.
 
 Noise has the length 0.3 R, at least 1.3 grey levels a pixel where rows are rounded: boundaries are flat for random directions,
-and long noise forgives a coarse search. One-sided answers halve it.
+and long noise forgives a coarse search. One-sided answers halve it, in linf they quarter it, as far as grey levels let them.
 
-In linf the arc's place is taken by x + clamp(x_b - x + a R n / mean |n|, -r, r) for the estimate n and r < R. Where n is large,
-that is the corner of the ball, which is best on a plane; where it is small, and its sign a guess, x_b - x stays, in which all
-estimates before have left their traces. Its end tells of n what an arc's does. Noise is 0.15 R a pixel, with no direction left
-out; where few of its rows reach the goal it is made shorter, not centred, and a, at first 1, is halved where the path fails.
+In linf the arc's place is taken by x + clamp(x_b - x + a R n / mean |n|, -r, r) for the estimate n and r < R: the ball's corner
+where n is large, which is best on a plane; x_b - x where it is small, and its sign a guess, as all estimates before have left
+their traces there. Noise is 0.15 R a pixel, with no direction left out; where few of its rows reach the goal it is made
+shorter, not centred, and a, at most 1, is halved where the path then fails too, and grows by a half where one leads on. Grey
+levels are dithered (`levels.py`).
 
-Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search; n0 is 20, in l2 towards a target 6,
-where the boundary turns sooner. First comes the climb, about 35 rows for images of 8 pixels, 75 of 32 and 180 of 224 (where no
-pattern reaches the goal, `starts.find_start`), in linf the flips, 70, 500 (870 towards a target, after a climb of 35) and
-over 1000, or RayS, over 2 rows a value, and 30 rows of what lost to it; and one line search.
+Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search; n0 is 20, in l2 towards a target 6.
+First comes the climb, about 35 rows for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal,
+`starts.find_start`), in linf the flips, 70, 500 (870 towards a target, after a climb of 35) and over 1000, or RayS, over 2 rows
+a value, and 30 of what lost to it; and a search inward, 1 row where it leads nowhere.
 
 With `share_prior` (off by default: an image's result then depends on the others) the variances are learnt from the evidence of
 all images of a run, in their order. An attack wrapped by another one (`oars:waterfill`) never shares.
@@ -44,8 +45,8 @@ images) and few queries are spent; where the boundary turns fast against R, sinc
 images, where normals lead hardly further than flips; and it gains little in few dimensions or after thousands of queries.
 
 The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again. Where it is set, at least
-half of the noise's energy is white, and v hints at nothing: a stateful gate (`oars:waterfill`) takes smooth rows for alike even
-far apart, and white noise moves a point little along the normal. Where answers are stochastic, x_b is asked again first.
+half of its energy is white, and v hints at nothing: a stateful gate takes smooth rows for alike even far apart, and white noise
+moves a point little along the normal. Where answers are stochastic, x_b is asked again first.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import ClassVar
 
@@ -67,6 +69,7 @@ from .apart import Asked
 from .approach import approach
 from .cgba import LEVELS_OF_NOISE, semicircle
 from .hop_skip_jump import Lift
+from .levels import dither
 from .moves import ROW_BYTES, furthest, hold, inward, probes, radius_knob, shrinking
 from .noise import Noise
 from .spectrum import SHUFFLES, Evidence, K, Spectrum, filtered_like, water_filling
@@ -131,8 +134,8 @@ class Waterfill(Attack):
 
     def _search(self, task: Task, spectrum: Spectrum) -> Search:
         knob, lift, number, evidence = radius_knob(task.image), Lift(), spectrum.enter(), Evidence(task.image)
-        asked = Asked(spectrum.basis, task.image)
-        point = yield from approach(task, FIRST, PRECISION)
+        asked, thresholds = Asked(spectrum.basis, task.image), dither(task) if task.norm == "linf" else None
+        point = yield from approach(task, FIRST, PRECISION, thresholds)
         if point is None:
             return
         guess, scale, added, precision = FIRST, 1.0, ADDED, PRECISION
@@ -142,21 +145,23 @@ class Waterfill(Attack):
             radius = float(distance(point - task.image, task.norm))
             if radius < NEAREST:
                 return
-            sigma = self._sigma(task, radius) * scale
+            sigma = scale * NOISE[task.norm] * radius / (math.sqrt(task.image.numel()) if task.norm == "l2" else 1.0)
+            if task.levels:
+                sigma = max(sigma, LEVELS_OF_NOISE / (task.levels - 1))
             least = sigma / 2 if task.levels else 0.0
-            if knob.value is not None:  # a wrapper keeps rows apart by noise, and so blurs the search
-                least = max(least, knob.value / math.sqrt(task.image.numel()))
+            least = max(
+                least, (knob.value or 0.0) / math.sqrt(task.image.numel())
+            )  # a wrapper's noise blurs the search
             tolerance = max(least / radius, precision)
             rows = max(min(int(n0 * math.sqrt(t)), task.remaining - SEARCH), 1)
             evidence.fade(self.memory)
-            hint = None
-            if task.norm == "l2" and knob.value is None:
-                hint = spectrum.hint(point - task.image) ** HINT[task.target is not None]
+            plain = task.norm == "l2" and knob.value is None
+            hint = spectrum.hint(point - task.image) ** HINT[task.target is not None] if plain else None
             prior = spectrum.variances(hint)
             share = yield from _ask(task, point, sigma, rows, prior, evidence, asked, knob, lift)
             precision = max(precision / 4, FINEST) if share > DEEP else min(precision * 1.5, PRECISION)
             if share == 1:  # too deep inside, or on a ridge that noise leaves on both sides
-                point, _ = yield from inward(task, point, PRECISION, precision)
+                point, _ = yield from inward(task, point, PRECISION, precision, thresholds)
             bent = share in (0, 1) or (task.norm == "linf" and share < BENT)
             scale = max(scale / SHORTER[task.norm], 1 / 64) if bent else min(scale * 1.5, 1.0)
             if not 0 < share < 1:
@@ -172,19 +177,13 @@ class Waterfill(Attack):
             else:
                 usual = float(normal.abs().mean().clamp_min(1e-30))
                 moved = torch.add(point - task.image, normal, alpha=added * radius / usual)
-                path, end = shrinking(task.image, moved, radius), 1.0
+                path, end = shrinking(task, moved, radius, thresholds), 1.0
             way, guess = yield from furthest(task, path, guess, end, tolerance)
             if way:
                 before, point, added = point, path(way), min(added * 1.5, ADDED)
                 evidence.rule_out(spectrum.basis.analyse(point - before)[0], prior)
             elif scale < 1:
                 added = max(added / 2, ADDED / 64)
-
-    @staticmethod
-    def _sigma(task: Task, radius: float) -> float:
-        """Noise a pixel at a distance from the source."""
-        sigma = NOISE[task.norm] * radius / (math.sqrt(task.image.numel()) if task.norm == "l2" else 1.0)
-        return max(sigma, LEVELS_OF_NOISE / (task.levels - 1)) if task.levels else sigma
 
 
 def _ask(
@@ -220,8 +219,8 @@ def _ask(
         own = 1.0 if knob.value is None else min((sigma / scale()) ** 2, SMOOTH)
         return shares if own == 1 else own * shares + (1 - own)
 
-    def sample(n: int) -> Tensor:
-        return asked.sample(n, variances(), across, generator)
+    def fresh(n: int) -> Tensor:
+        return asked.sample(n, variances(), across, generator, noted=False)
 
     centred = sigma * root if task.norm == "l2" else None  # a length; in linf only a wrapper's noise is centred
     total, drift = point.new_zeros(1 + SHUFFLES, *point.shape[1:]), torch.zeros_like(point)
@@ -230,8 +229,9 @@ def _ask(
     while waiting > 0:
         size, length = lift.part(min(most, waiting), knob.value), knob.value or centred
         centre = lift.centre(task, point, length)
-        drawn = Noise(generator, sample, size, point)
-        answer = yield probes(centre, drawn, sigma, sample, knob)
+        sample = partial(asked.sample, variances=variances(), across=across, generator=generator)  # as things stand now
+        drawn = Noise(generator, sample, size, point, fresh)
+        answer = yield probes(centre, drawn, sigma, fresh, knob)
         told = answer.status == ANSWERED
         sent = torch.add(centre, drawn.get(), alpha=scale()).clamp_(0, 1).sub_(centre).div_(scale()).flatten(1)[told]
         reached = task.reached(answer)[told]

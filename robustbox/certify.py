@@ -38,6 +38,8 @@ from robustbox.statistics import wilson
 PROGRAM = "python -m robustbox.certify"
 SCHEMA = 1
 CONFIG, IDENTITY, IMAGES, CERTIFIED = "config.yaml", "identity.json", "images.jsonl", "certified.json"
+ASKED = "rows.txt"
+"""How many rows all sessions asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +149,18 @@ def run(config: CertifyConfig) -> dict[str, Any]:
     with locked(folder, "certification"), tqdm(total=n, disable=config.quiet or None) as bar:
         done = _claim(folder, config, name, n, identity)
         bar.update(len(done))
+        before = _asked(folder, len(done) * (config.n0 + config.n))
         with (folder / IMAGES).open("a", encoding="utf-8") as book:
-            for i in range(len(done), n):
-                found = certifier.certify(oracle, images[i])
-                done.append(found)
-                book.write(json.dumps(found) + "\n")
-                book.flush()
-                bar.update()
+            try:
+                for i in range(len(done), n):
+                    found = certifier.certify(oracle, images[i])
+                    done.append(found)
+                    book.write(json.dumps(found) + "\n")
+                    book.flush()
+                    replace_file(folder / ASKED, str(before + oracle.ledger["certify"]).encode())
+                    bar.update()
+            finally:  # of an image that was not finished, too
+                replace_file(folder / ASKED, str(before + oracle.ledger["certify"]).encode())
     document = {
         "schema": SCHEMA,
         "model": model,
@@ -162,7 +169,7 @@ def run(config: CertifyConfig) -> dict[str, Any]:
         "norm": "l2",
         "data": name,
         "environment": environment(box.device),
-        "summary": summary(done, labels, config.radii or _radii(certifier), rows),
+        "summary": summary(done, labels, config.radii or _radii(certifier), before + oracle.ledger["certify"]),
         "images": [
             {"index": i, "sha256": sha, "label": label, **c._asdict(), "correct": c.predicted == label}
             for i, (c, label, sha) in enumerate(zip(done, labels, hashes, strict=True))
@@ -199,6 +206,12 @@ def show(document: dict[str, Any], line: Callable[[str], None]) -> None:
 def _radii(certifier: Certifier) -> list[float]:
     """Sigma, 2 sigma and so on up to the largest radius that n draws can show, and 0."""
     return [k * certifier.sigma for k in range(int(certifier.largest / certifier.sigma) + 1)]
+
+
+def _asked(folder: Path, least: int) -> int:
+    """The rows that earlier sessions asked; `least` in a folder of an older version, which does not say."""
+    path = folder / ASKED
+    return int(path.read_text(encoding="utf-8")) if path.exists() else least
 
 
 def _claim(folder: Path, config: CertifyConfig, data: str, n: int, identity: dict[str, Any]) -> list[Certificate]:

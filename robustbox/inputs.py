@@ -18,7 +18,7 @@ from robustbox.defense_file import is_file, read_defense, takes_options
 from robustbox.distances import rounded
 from robustbox.errors import InputError, unknown_name
 from robustbox.identity import sha256
-from robustbox.options import check_options
+from robustbox.options import check_options, check_values
 from robustbox.protocol import NORMS, Attack, BlackBox, Defense, Norm
 
 
@@ -40,7 +40,8 @@ def check_images(images: Tensor | ArrayLike, box: BlackBox, what: str = "images"
     low, high = torch.aminmax(tensor)
     if not bool((low >= 0) & (high <= 1)):
         worst = int(tensor.flatten(1).sub(0.5).abs().amax(dim=1).nan_to_num(nan=math.inf).argmax())
-        kind = "NaN" if tensor[worst].isnan().any() else f"values from {low.item():.4g} to {high.item():.4g}"
+        low, high = torch.aminmax(tensor[worst])
+        kind = "NaN" if tensor[worst].isnan().any() else f"values from {low.item():.8g} to {high.item():.8g}"
         hint = "rescale them; normalisation belongs to the model"
         raise InputError(f"{what} must lie in [0, 1], but number {worst} has {kind}: {hint}")
     return tensor.detach().to(box.device, torch.float32).contiguous()
@@ -48,7 +49,12 @@ def check_images(images: Tensor | ArrayLike, box: BlackBox, what: str = "images"
 
 def as_tensor(values: Tensor | ArrayLike) -> Tensor:
     """A tensor of what a caller gave, arrays with reversed axes among them."""
-    return values if isinstance(values, Tensor) else torch.as_tensor(np.ascontiguousarray(values))
+    try:
+        return values if isinstance(values, Tensor) else torch.as_tensor(np.ascontiguousarray(values))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"a tensor or an array of numbers was expected, not {type(values).__name__}: {error}"
+        ) from error
 
 
 def check_labels(labels: Tensor | ArrayLike, n: int, classes: int | None, what: str = "labels") -> list[int]:
@@ -166,7 +172,6 @@ def resolve_attack(attack: str | Attack, options: Mapping[str, Any] | None) -> A
     built = _build("attack", registry.load("attacks", attack), attack, options)
     if not isinstance(built, Attack):
         raise InputError(f"'{attack}' is not an attack but a {type(built).__name__}")
-    check_options(attack, built)
     return built
 
 
@@ -183,10 +188,11 @@ def resolve_defenses(
             "defense_options go with the name of one defense, alone or among files; of several, pass Defense objects"
         )
     built = [_defense(d, options if d == own else None) if isinstance(d, str) else d for d in chain]
-    for item in built:
+    for given, item in zip(chain, built, strict=True):
         if not isinstance(item, Defense):
             raise InputError(f"defense must be a name or a Defense, not {type(item).__name__}")
-        check_options(item.name, item)
+        if item is given:
+            check_options(item.name, item)
     return built
 
 
@@ -197,10 +203,13 @@ def _defense(name: str, options: Mapping[str, Any] | None) -> Any:
 
 
 def _build(what: str, factory: Any, name: str, options: Mapping[str, Any] | None) -> Any:
+    if not isinstance(options or {}, Mapping):
+        raise InputError(f"{what}_options must be a mapping from names to values, not {type(options).__name__}")
     known = inspect.signature(factory).parameters
     for option in options or {}:
         if option not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             raise unknown_name(f"option of {what} {name}", option, known)
+    check_values(name, factory, options or {})
     try:
         return factory(**(options or {}))
     except TypeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -27,14 +28,25 @@ def check_options(name: str, made: object) -> None:
     Raises:
         InputError: which option, and what it must be.
     """
-    if not is_dataclass(made):
+    if is_dataclass(made):
+        values = {field.name: getattr(made, field.name) for field in fields(made) if field.init}
+        check_values(name, type(made), values)
+
+
+def check_values(name: str, factory: Any, values: Mapping[str, Any]) -> None:
+    """The same before anything is made of the values; a factory that is no dataclass checks its own.
+
+    Raises:
+        InputError: which option, and what it must be.
+    """
+    if not is_dataclass(factory):
         return
     try:
-        hints = get_type_hints(type(made))
+        hints = get_type_hints(factory)
     except NameError:  # of a third party, who imports its types for type checkers alone
         return
-    for option in (field.name for field in fields(made) if field.init):
-        kinds, value = _kinds(hints[option]), getattr(made, option)
+    for option, value in values.items():
+        kinds = _kinds(hints.get(option))
         if kinds and not any(_is(value, kind) for kind in kinds):
             raise InputError(f"{option} of {name} must be {' or '.join(map(_said, kinds))}, not {value!r}")
 

@@ -32,7 +32,7 @@ def check_knowledge(knowledge: Knowledge, needed: str, box: BlackBox) -> None:
     Raises:
         InputError: with what to do instead.
     """
-    if knowledge not in ("label", "score", "logit") and not re.fullmatch(r"top-[1-9]\d*", knowledge):
+    if knowledge not in ("label", "score", "logit") and not re.fullmatch(r"top-[1-9]\d*", str(knowledge)):
         raise InputError(f"unknown knowledge level '{knowledge}': use label, top-K (as top-5), score or logit")
     if needed == "score" and knowledge == "label":
         raise InputError(

@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, ModelError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{PROGRAM}: {error.filename} cannot be read or written: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -362,12 +362,12 @@ def test_targeted_start_takes_the_nearest_images_of_the_class_only() -> None:
 
 def test_a_change_is_cut_off_at_ever_smaller_balls_and_kept_where_it_is_small() -> None:
     image, delta = torch.full((1, 2, 2), 0.5), torch.tensor([[[[0.7, -0.3], [0.05, 0.0]]]])
-    path = shrinking(image, delta, 0.2)
+    path = shrinking(task(image), delta, 0.2)
     for share in (0.0, 0.25, 0.9, 1.0):
         far = 0.2 * (1 - share)
         expected = torch.tensor([[[[far, -far], [min(0.05, far), 0.0]]]])
         assert torch.allclose(path(share) - image, expected, atol=1e-7)
-    dark = shrinking(torch.zeros(1, 2, 2), delta, 0.2)(0.5)
+    dark = shrinking(task(torch.zeros(1, 2, 2)), delta, 0.2)(0.5)
     assert dark.flatten().tolist() == pytest.approx([0.1, 0.0, 0.05, 0.0])  # the box takes the rest
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from robustbox import run_attack
-from robustbox.attacks.rays import RayS, descend, dither, on_levels, turn_over, within
+from robustbox.attacks.levels import dither, on_levels
+from robustbox.attacks.rays import RayS, descend, turn_over, within
 from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import REJECTED, Answer, Query

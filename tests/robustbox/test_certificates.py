@@ -173,8 +173,27 @@ def test_the_folder_is_as_documented_and_goes_on_where_it_was_cut_off(tmp_path: 
     (cut / "certified.json").unlink()
     (cut / "images.jsonl").write_text("".join(lines[:2]) + lines[2][:4])  # killed while it wrote the third
     assert certify.main([*ARGUMENTS, "--out", str(cut)]) == 0
-    assert json.loads((cut / "certified.json").read_text()) == document
-    assert document["summary"]["ledger"] == {"certify": 4 * 220}
+    again = json.loads((cut / "certified.json").read_text())
+    assert document["summary"].pop("ledger") == {"certify": 4 * 220}
+    assert again["summary"].pop("ledger") == {"certify": 6 * 220}  # two images were asked twice
+    assert again == document
+
+
+def test_rows_of_an_image_that_was_interrupted_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, real = [0], Oracle.ask
+
+    def counting(self: Oracle, *args: Any) -> Answer:
+        asked[0] += len(args[0])
+        answer = real(self, *args)
+        if asked[0] == 2 * 220 + 20:  # in the third image
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr(Oracle, "ask", counting)
+    assert certify.main([*ARGUMENTS, "--out", str(tmp_path)]) == 130
+    assert certify.main([*ARGUMENTS, "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "certified.json").read_text())["summary"]["ledger"] == {"certify": asked[0]}
+    assert asked[0] == 4 * 220 + 20
 
 
 def test_certificates_of_another_defense_or_other_images_are_not_taken_for_these(

@@ -335,6 +335,28 @@ def test_ci_servers_get_what_they_know(tmp_path: Path) -> None:
         ({"images": 0}, "^images must be a whole number of at least 1, not 0"),
         ({"images": -1}, "^images must be a whole number of at least 1, not -1"),
         ({"max_rows": 0}, "^max_rows must be a whole number of at least 1, not 0"),
+        ({"preflight": {"images": 0}}, "^preflight: images must be a whole number of at least 1, not 0"),
+        ({"preflight": {"copies": -5}}, "^preflight: copies must be a whole number of at least 0, not -5"),
+        ({"preflight": {"benign": -1}}, "^preflight: benign must be a whole number of at least 0, not -1"),
+        ({"price_per_1000": -1}, "^price_per_1000 must be a number of at least 0, not -1"),
+        ({"models": [{"model": "spy", "data": "planted", "price_per_1000": -1}]}, "^model spy: price_per_1000 must be"),
+        ({"models": [{"model": "spy", "data": "planted", "rows_per_second": 0}]}, "^model spy: rows_per_second must"),
+        *(
+            (
+                {"thresholds": [{"metric": metric, "min": bound}]},
+                f"^threshold {metric} .*: min must be a share from 0 to 1",
+            )
+            for metric in ("clean-accuracy", "robust-accuracy", "success", "detection-misses", "certified-accuracy")
+            for bound in (80, -0.1)
+        ),
+        ({"thresholds": [{"metric": "false-positives", "max": 1.01}]}, "max must be a share from 0 to 1, not 1.01"),
+        ({"thresholds": [{"metric": "median-queries", "min": -1}]}, "min must be a number of at least 0, not -1"),
+        ({"thresholds": [{"metric": "success", "max": 1, "radius": -1}]}, "a radius must be a number of at least 0"),
+        ({"certify": [{"sigma": -0.25}]}, "^certify at -0.25: sigma must be a positive number"),
+        ({"certify": [{"alpha": 3}]}, "^certify: alpha must lie between 0 and 0.5"),
+        ({"certify": [{"sigma": 0.25, "n0": 0}]}, "^certify at 0.25: n0 must be a whole number of at least 1"),
+        ({"certify": [{"sigma": 0.25, "radii": [-1]}]}, "^certify at 0.25: a radius must be a number of at least 0"),
+        ({"certify": {"sigma": 0.25}}, "^certify must be a list"),
     ],
 )
 def test_bad_input_is_one_line_before_a_query(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
@@ -343,6 +365,14 @@ def test_bad_input_is_one_line_before_a_query(changes: dict[str, Any], complaint
         audit(tmp_path, {"spy": box}, **changes)
     assert box.rows == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_zero_that_mean_something_are_taken(tmp_path: Path) -> None:
+    bounds = [{"metric": "success", "min": 0}, {"metric": "median-distance", "max": 1000}]
+    none = {"images": 4, "copies": 0, "benign": 0}
+    document = audit(tmp_path, preflight=none, thresholds=bounds, price_per_1000=0, defenses=["blacklight"])
+    seen = document["systems"][0]
+    assert (seen["preflight"]["copies"]["sent"], seen["benign"], document["worst_case"]["price"]) == (1, None, 0)
 
 
 def test_two_audits_do_not_share_a_folder(tmp_path: Path) -> None:

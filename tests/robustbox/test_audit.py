@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -124,6 +125,35 @@ def test_the_failure_of_one_cell_is_recorded_and_the_rest_runs(tmp_path: Path) -
     healed = audit(tmp_path, models, models=both, thresholds=bound)
     assert healed["passed"]
     assert {cell["status"] for cell in healed["cells"]} == {"done"}
+
+
+class Stopped(HalfSpace):
+    """A half-space that ends, while `on`, in the pass after its first `after` rows."""
+
+    def __init__(self, end: type[BaseException]) -> None:
+        super().__init__()
+        self.end, self.after, self.on = end, 0, True
+
+    def of(self, rows: torch.Tensor) -> Answer:
+        if self.on and self.rows > self.after:
+            raise self.end
+        return super().of(rows)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError])
+def test_rows_of_a_look_that_was_stopped_stay_counted(end: type[BaseException], tmp_path: Path) -> None:
+    box = Stopped(end)
+    for more in (0, 8, 16):  # in the first pass, in the second one, among the copies
+        box.after = box.rows + more
+        with contextlib.suppress(KeyboardInterrupt, torch.OutOfMemoryError):
+            assert audit(tmp_path, {"spy": box})["rows_asked"] == box.rows  # a look that fails is no end
+    (lost,) = (tmp_path / "out" / "preflight").iterdir()
+    assert json.loads(lost.read_text()) == {"verify": box.rows}
+    box.on = False
+    for _ in range(2):
+        document = audit(tmp_path, {"spy": box})
+        assert document["rows_asked"] == box.rows
+        assert document["systems"][0]["preflight"]["rows"] == {"verify": 22}
 
 
 def test_cells_of_another_model_are_not_taken_for_this_ones(tmp_path: Path) -> None:

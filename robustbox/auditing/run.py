@@ -14,7 +14,7 @@ import yaml
 
 from robustbox.environment import environment
 from robustbox.errors import InputError
-from robustbox.folder import finite, locked, replace_file
+from robustbox.folder import AUDIT, CONFIG, JOURNAL, RESULTS, finite, locked, replace_file
 from robustbox.identity import sha256
 
 from .cells import Cell, Executor, Outcome, Watch, in_turn, read_cell, read_failure, run_cell
@@ -35,7 +35,7 @@ from .world import World
 
 SCHEMA = 1
 """The version of audit.json; it changes when a field changes its meaning or goes."""
-AUDIT, DOCUMENT, JUNIT, PAGE = "audit.yaml", "audit.json", "junit.xml", "report.html"
+DOCUMENT, JUNIT, PAGE = "audit.json", "junit.xml", "report.html"
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ class Audit:
         self.seen: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Audit:
+        if any((self.folder / name).exists() for name in (CONFIG, JOURNAL, RESULTS)):
+            raise InputError(f"the audit's folder {self.folder} holds a run: choose another one")
         self._held = ExitStack()
         self._held.enter_context(locked(self.folder, "audit"))
         self._check_contents()

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 import robustbox as rb
+from robustbox.attack import main as attack
 from robustbox.audit import main
 from robustbox.auditing.cells import Cell, Outcome, Work, run_cell
 from robustbox.auditing.junit import complaint
@@ -412,6 +413,20 @@ def test_two_audits_do_not_share_a_folder(tmp_path: Path) -> None:
         Audit(load(SPEC), tmp_path, World({"spy": HalfSpace()}, DATA)),
     ):
         pass
+
+
+def test_runs_and_audits_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "digits-cnn", "--attack", "square", "--images", "2", "--epsilon", "0.8", "--budget", "20"]
+    words += ["--quiet", "--fresh", "--out"]
+    few = [written(tmp_path, attacks=["square"], budgets=[20]), "--quiet", "--out"]
+    for own, other, kind in ((main, attack, "an audit"), (attack, main, "a run")):
+        folder = tmp_path / kind
+        arguments = {main: few, attack: words}
+        assert own([*arguments[own], str(folder)]) == 0
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert other([*arguments[other], str(folder)]) == 2
+        assert f"holds {kind}: choose another one" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def written(tmp_path: Path, **changes: Any) -> str:

@@ -30,6 +30,8 @@ SCHEMA = 1
 """The version of results.json; it changes when a field changes its meaning or goes."""
 LOCK = ".lock"
 CONFIG, JOURNAL, RESULTS, ADVERSARIALS = "config.yaml", "journal.sqlite", "results.json", "adversarials.safetensors"
+AUDIT = "audit.yaml"
+"""Stands in the folder of an audit, which is no run's."""
 
 
 class RunFolder:
@@ -43,8 +45,8 @@ class RunFolder:
         fresh: forget the run that the folder holds.
 
     Raises:
-        InputError: the folder holds a complete run, or another run is writing to it; its journal is damaged; or it cannot
-            be written to.
+        InputError: the folder holds a complete run or an audit, or another run is writing to it; its journal is damaged; or
+            it cannot be written to.
     """
 
     def __init__(self, path: Path | None, config: Mapping[str, Any], fresh: bool = False) -> None:
@@ -53,6 +55,8 @@ class RunFolder:
         self.journal: Journal | None = None
         if path is None:
             return
+        if (path / AUDIT).exists():
+            raise InputError(f"the output folder {path} holds an audit: choose another one")
         self._new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -113,10 +113,10 @@ def check_levels(levels: int | None, box: BlackBox) -> None:
         raise InputError(f"{box.name} takes images of {box.levels} grey levels: give levels={box.levels}")
 
 
-def check_count(value: Any, what: str) -> int:
-    """A whole number of at least one, as a plain int; anything else is refused."""
-    if not _is_int(value) or value < 1:
-        raise InputError(f"{what} must be a whole number of at least 1, not {value!r}")
+def check_count(value: Any, what: str, least: int = 1) -> int:
+    """A whole number of at least one, or another least, as a plain int; anything else is refused."""
+    if not _is_int(value) or value < least:
+        raise InputError(f"{what} must be a whole number of at least {least}, not {value!r}")
     return int(value)
 
 

@@ -26,14 +26,19 @@ ATTACKER: tuple[Phase, ...] = ("attack", "calibrate")
 """The phases that are charged to the attacker; the others are the evaluator's and the defender's."""
 
 
+def check_knowledge_name(knowledge: str) -> None:
+    """Refuse a knowledge level that does not exist."""
+    if knowledge not in ("label", "score", "logit") and not re.fullmatch(r"top-[1-9]\d*", str(knowledge)):
+        raise InputError(f"unknown knowledge level '{knowledge}': use label, top-K (as top-5), score or logit")
+
+
 def check_knowledge(knowledge: Knowledge, needed: str, box: BlackBox) -> None:
     """Refuse a knowledge level that does not exist, that the attack cannot live on, or that the black box cannot give.
 
     Raises:
         InputError: with what to do instead.
     """
-    if knowledge not in ("label", "score", "logit") and not re.fullmatch(r"top-[1-9]\d*", str(knowledge)):
-        raise InputError(f"unknown knowledge level '{knowledge}': use label, top-K (as top-5), score or logit")
+    check_knowledge_name(knowledge)
     if needed == "score" and knowledge == "label":
         raise InputError(
             "this attack needs scores, but the oracle grants labels only: use knowledge=score, or a label attack"

@@ -73,7 +73,7 @@ def estimate(
 
 def _rate(system: System, seen: dict[str, Any] | None) -> float | None:
     """Rows a second."""
-    if system.model.rows_per_second:
+    if system.model.rows_per_second is not None:
         return system.model.rows_per_second
     milliseconds = (seen or {}).get("milliseconds_per_row")
     return 1000 / milliseconds if milliseconds else None

@@ -12,6 +12,7 @@ import yaml
 from robustbox.defense_file import takes_options
 from robustbox.errors import InputError, unknown_name
 
+from .checks import check_values
 from .reading import read
 from .spec import AttackEntry, AuditSpec, DefenseEntry, ModelEntry, ThreatEntry, Threshold
 
@@ -22,8 +23,8 @@ def load(source: str | Path | dict[str, Any]) -> AuditSpec:
     """Read an audit from a YAML file, or from what such a file holds.
 
     Raises:
-        InputError: no such file, no YAML, an unknown or missing field, a value of the wrong type, a name given twice, or a
-            pattern that matches nothing.
+        InputError: no such file, no YAML, an unknown or missing field, a value of the wrong type or that means nothing, a
+            name given twice, or a pattern that matches nothing.
     """
     content = source if isinstance(source, dict) else _content(Path(source))
     spec = _named(read(AuditSpec, content, "the audit", shorthand=_SHORTHAND))
@@ -31,6 +32,7 @@ def load(source: str | Path | dict[str, Any]) -> AuditSpec:
         if not getattr(spec, kind):
             raise InputError(f"the audit names no {kind}")
     _check_patterns(spec)
+    check_values(spec)
     return spec
 
 

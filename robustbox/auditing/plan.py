@@ -118,8 +118,8 @@ def images_of(model: ModelEntry, spec: AuditSpec, world: World) -> tuple[BlackBo
     """
     box = world.box(model.model, spec.device)
     everything, classes = world.everything(data_of(model))
-    wanted = model.images or spec.images
-    n = min(wanted, len(everything)) if model.images is None else setting.count(wanted, len(everything))
+    there = len(everything)
+    n = min(spec.images, there) if model.images is None else setting.count(model.images, there)
     inputs.check_images(everything[:n], box)
     inputs.check_labels(classes[:n], n, box.classes)
     return box, everything[:n], classes[:n]
@@ -149,7 +149,7 @@ def _cell(
     n: int,
     out: Path,
 ) -> Cell:
-    accounts = attack.accounts or threat.accounts
+    accounts = threat.accounts if attack.accounts is None else attack.accounts
     config: dict[str, Any] = {
         "model": model.model,
         "data": data_of(model),
@@ -162,13 +162,13 @@ def _cell(
         "budget": budget,
         "defense": defense.defense,
         "defense_options": dict(defense.options),
-        "knowledge": attack.knowledge or threat.knowledge,
-        "levels": threat.levels or model.levels,
+        "knowledge": threat.knowledge if attack.knowledge is None else attack.knowledge,
+        "levels": model.levels if threat.levels is None else threat.levels,
         "seed": spec.seed,
         "device": spec.device,
         "keep_going": threat.keep_going,
         "max_rows": spec.max_rows,
-        "eot": attack.eot or threat.eot,
+        "eot": threat.eot if attack.eot is None else attack.eot,
         "accounts": None if accounts == "any" else accounts,
     }
     names = (model.name, defense.name, attack.name, threat.name)

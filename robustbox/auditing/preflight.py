@@ -7,6 +7,7 @@ benign images where the black box is stateful or refused something.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,10 +60,10 @@ class Subject:
         return self.images if self.benign is None else self.benign
 
 
-def look(subject: Subject, entry: PreflightEntry) -> dict[str, Any]:
-    """What the pre-flight sees, as docs/audit.md describes it (`systems[].preflight`)."""
+def look(subject: Subject, entry: PreflightEntry, ledger: Counter[str] | None = None) -> dict[str, Any]:
+    """What the pre-flight sees, as docs/audit.md describes it (`systems[].preflight`); `ledger` counts its rows as they go."""
     try:
-        looking = _Look(subject, entry)
+        looking = _Look(subject, entry, Counter() if ledger is None else ledger)
     except InputError as error:  # the defense cannot be put on it
         why = " ".join(str(error).split())
         found = {"error": why, "name": subject.model.name, "stateful": False, "rows": {}}
@@ -77,9 +78,10 @@ def most(subject: Subject, entry: PreflightEntry) -> int:
 
 
 class _Look:
-    def __init__(self, subject: Subject, entry: PreflightEntry) -> None:
+    def __init__(self, subject: Subject, entry: PreflightEntry, ledger: Counter[str]) -> None:
         self.subject, self.entry = subject, entry
         self.oracle = Oracle(subject.build(), "logit", subject.levels)
+        self.oracle.ledger = ledger
         self.flags: list[Flag] = []
         self.inside = 0
         self.seconds: list[float] = []

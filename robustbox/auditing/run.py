@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ import yaml
 
 from robustbox.environment import environment
 from robustbox.errors import InputError
-from robustbox.folder import finite, locked, replace_file
+from robustbox.folder import AUDIT, CONFIG, JOURNAL, RESULTS, finite, locked, replace_file
 from robustbox.identity import sha256
 
 from .cells import Cell, Executor, Outcome, Watch, in_turn, read_cell, read_failure, run_cell
@@ -24,9 +23,10 @@ from .contents import Contents
 from .estimate import Estimate, estimate
 from .junit import write_junit
 from .loading import load
+from .looks import look_once, plain_json, read_lost
 from .page import write_audit_page
 from .plan import Plan, System, make_plan
-from .preflight import look, most
+from .preflight import most
 from .spec import AuditSpec
 from .summary import cell_summary, row_summary
 from .systems import benign_of, sees, subject_of, system_summary
@@ -35,7 +35,7 @@ from .world import World
 
 SCHEMA = 1
 """The version of audit.json; it changes when a field changes its meaning or goes."""
-AUDIT, DOCUMENT, JUNIT, PAGE = "audit.yaml", "audit.json", "junit.xml", "report.html"
+DOCUMENT, JUNIT, PAGE = "audit.json", "junit.xml", "report.html"
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ class Audit:
         self.seen: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Audit:
+        if any((self.folder / name).exists() for name in (CONFIG, JOURNAL, RESULTS)):
+            raise InputError(f"the audit's folder {self.folder} holds a run: choose another one")
         self._held = ExitStack()
         self._held.enter_context(locked(self.folder, "audit"))
         self._check_contents()
@@ -147,24 +149,22 @@ class Audit:
             self._digests[system.id] = self.contents.digest(system, asdict(entry), subject.levels, natural)
         return self.folder / "preflight" / f"{system.id}.{self._digests[system.id]}.json"
 
+    def _lost(self, system: System) -> Path:
+        """Where rows are counted of looks at a defended model that did not come to their end."""
+        return self.folder / "preflight" / f"{system.id}.lost.json"
+
     def preflight(self, note: Callable[[System], None] | None = None) -> None:
         """Look at every defended model that was not looked at before, and take out the cells that cannot be run on it."""
         for system in self.plan.systems:
             if note is not None:
                 note(system)
-            path = self._look(system)
-            if path.exists():
-                seen = json.loads(path.read_text(encoding="utf-8"))
-            else:
-                seen = finite(look(subject_of(system, self.spec, self.world), self.spec.preflight))
-                path.parent.mkdir(exist_ok=True)
-                if seen["error"] is None:  # what failed is looked at again the next time
-                    replace_file(path, _json(seen))
+            subject = subject_of(system, self.spec, self.world)
+            seen = look_once(self._look(system), self._lost(system), subject, self.spec.preflight)
             self.seen[system.id] = seen
             if seen["benign"] is not None:
                 path = self.folder / "benign" / f"{system.id}.json"
                 path.parent.mkdir(exist_ok=True)
-                replace_file(path, _json(benign_of(system, seen["benign"])))
+                replace_file(path, plain_json(benign_of(system, seen["benign"])))
             for cell in self.plan.of(system):
                 if seen["scores"] == "none" and sees(cell) != "label":
                     self.plan.exclude(cell, "the black box answers labels only, and this attack needs scores")
@@ -188,7 +188,7 @@ class Audit:
     def conclude(self) -> AuditResult:
         """Write audit.json, junit.xml and report.html of what stands in the folder by now."""
         document = self.document()
-        replace_file(self.folder / DOCUMENT, _json(document))
+        replace_file(self.folder / DOCUMENT, plain_json(document))
         write_junit(self.folder / JUNIT, document)
         write_audit_page(self.folder / PAGE, document)
         return AuditResult(self.folder, document)
@@ -209,7 +209,9 @@ class Audit:
         excluded = [each.cell for each in self.plan.excluded]
         found = verdicts(self.spec.thresholds, cells, documents, summaries, systems, excluded)
         device = torch.device("cuda" if torch.cuda.is_available() and self.spec.device == "auto" else "cpu")
-        ledgers = [seen["rows"] for seen in self.seen.values()] + [cell["rows"] or {} for cell in summaries.values()]
+        ledgers = [seen["rows"] for seen in self.seen.values() if seen["error"] is None]
+        ledgers += [read_lost(self._lost(system)) for system in self.plan.systems]
+        ledgers += [cell["rows"] or {} for cell in summaries.values()]
         ledgers += [its["summary"]["ledger"] for its in certified.values()]
         document = {
             "schema": SCHEMA,
@@ -232,7 +234,3 @@ class Audit:
         where = next(s for s in self.plan.systems if (s.model.name, s.defense.name) == (cell.model, cell.defense))
         error = self.seen.get(where.id, {}).get("error")
         return f"pre-flight: {error}" if error else read_failure(cell.folder)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()

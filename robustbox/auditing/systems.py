@@ -32,7 +32,7 @@ def subject_of(system: System, spec: AuditSpec, world: World) -> Subject:
     other = spec.preflight.benign_data
     everything = world.everything(other or data_of(system.model))[0]
     benign = everything if other else everything[len(images) :]
-    levels = system.model.levels or model.levels
+    levels = model.levels if system.model.levels is None else system.model.levels
     return Subject(build, model, images, labels, benign if len(benign) else None, levels, spec.seed)
 
 

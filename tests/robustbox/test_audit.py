@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import torch
 import yaml
 
 import robustbox as rb
+from robustbox.attack import main as attack
 from robustbox.audit import main
 from robustbox.auditing.cells import Cell, Outcome, Work, run_cell
 from robustbox.auditing.junit import complaint
@@ -124,6 +126,35 @@ def test_the_failure_of_one_cell_is_recorded_and_the_rest_runs(tmp_path: Path) -
     healed = audit(tmp_path, models, models=both, thresholds=bound)
     assert healed["passed"]
     assert {cell["status"] for cell in healed["cells"]} == {"done"}
+
+
+class Stopped(HalfSpace):
+    """A half-space that ends, while `on`, in the pass after its first `after` rows."""
+
+    def __init__(self, end: type[BaseException]) -> None:
+        super().__init__()
+        self.end, self.after, self.on = end, 0, True
+
+    def of(self, rows: torch.Tensor) -> Answer:
+        if self.on and self.rows > self.after:
+            raise self.end
+        return super().of(rows)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError])
+def test_rows_of_a_look_that_was_stopped_stay_counted(end: type[BaseException], tmp_path: Path) -> None:
+    box = Stopped(end)
+    for more in (0, 8, 16):  # in the first pass, in the second one, among the copies
+        box.after = box.rows + more
+        with contextlib.suppress(KeyboardInterrupt, torch.OutOfMemoryError):
+            assert audit(tmp_path, {"spy": box})["rows_asked"] == box.rows  # a look that fails is no end
+    (lost,) = (tmp_path / "out" / "preflight").iterdir()
+    assert json.loads(lost.read_text()) == {"verify": box.rows}
+    box.on = False
+    for _ in range(2):
+        document = audit(tmp_path, {"spy": box})
+        assert document["rows_asked"] == box.rows
+        assert document["systems"][0]["preflight"]["rows"] == {"verify": 22}
 
 
 def test_cells_of_another_model_are_not_taken_for_this_ones(tmp_path: Path) -> None:
@@ -316,6 +347,47 @@ def test_ci_servers_get_what_they_know(tmp_path: Path) -> None:
         ({"models": ["spyy"]}, "spyy comes with no images|unknown model 'spyy'"),
         ({"attacks": ["cgba"]}, "no attack of this audit can be run: .*cgba works in l2"),
         ({"models": [{"model": "digits-cnn", "data": "planted"}]}, "the model takes 1 x 8 x 8"),
+        (
+            {"attacks": ["random", {"attack": "square", "knowledge": "scores", "name": "sq"}]},
+            "^attack sq: unknown knowledge level 'scores': use label",
+        ),
+        ({"threats": ["linf", {"norm": "linf", "knowledge": "lable"}]}, "^threat linf-lable: unknown knowledge level"),
+        ({"threats": ["linf", {"epsilon": -1}]}, "^threat l2--1: epsilon must be a positive number"),
+        ({"threats": ["linf", {"epsilon": float("inf")}]}, "^threat l2-inf: epsilon must be a positive number"),
+        ({"threats": ["linf", {"levels": 1}]}, "^threat l2-1-levels: levels must be a whole number of grey levels"),
+        ({"threats": ["linf", {"name": "few", "levels": 0}]}, "^threat few: levels must be a whole number of grey"),
+        ({"threats": ["linf", {"targets": -1}]}, "^threat l2-to--1: a target must be a whole number of at least 0"),
+        ({"threats": ["linf", {"accounts": 0}]}, "^threat l2: accounts must be a whole number of at least 1, not 0"),
+        ({"threats": [{"norm": "linf", "eot": -1}]}, "^threat linf: eot must be a whole number of at least 1, not -1"),
+        ({"attacks": ["random", {"attack": "square", "eot": 0}]}, "^attack square: eot must be a whole number of at"),
+        ({"attacks": ["random", {"attack": "square", "accounts": 0}]}, "^attack square: accounts must be a whole"),
+        ({"models": [{"model": "spy", "data": "planted", "images": 0}]}, "^model spy: images must be a whole number"),
+        ({"models": [{"model": "spy", "data": "planted", "levels": 0}]}, "^model spy: levels must be a whole number"),
+        ({"images": 0}, "^images must be a whole number of at least 1, not 0"),
+        ({"images": -1}, "^images must be a whole number of at least 1, not -1"),
+        ({"max_rows": 0}, "^max_rows must be a whole number of at least 1, not 0"),
+        ({"preflight": {"images": 0}}, "^preflight: images must be a whole number of at least 1, not 0"),
+        ({"preflight": {"copies": -5}}, "^preflight: copies must be a whole number of at least 0, not -5"),
+        ({"preflight": {"benign": -1}}, "^preflight: benign must be a whole number of at least 0, not -1"),
+        ({"price_per_1000": -1}, "^price_per_1000 must be a number of at least 0, not -1"),
+        ({"models": [{"model": "spy", "data": "planted", "price_per_1000": -1}]}, "^model spy: price_per_1000 must be"),
+        ({"models": [{"model": "spy", "data": "planted", "rows_per_second": 0}]}, "^model spy: rows_per_second must"),
+        *(
+            (
+                {"thresholds": [{"metric": metric, "min": bound}]},
+                f"^threshold {metric} .*: min must be a share from 0 to 1",
+            )
+            for metric in ("clean-accuracy", "robust-accuracy", "success", "detection-misses", "certified-accuracy")
+            for bound in (80, -0.1)
+        ),
+        ({"thresholds": [{"metric": "false-positives", "max": 1.01}]}, "max must be a share from 0 to 1, not 1.01"),
+        ({"thresholds": [{"metric": "median-queries", "min": -1}]}, "min must be a number of at least 0, not -1"),
+        ({"thresholds": [{"metric": "success", "max": 1, "radius": -1}]}, "a radius must be a number of at least 0"),
+        ({"certify": [{"sigma": -0.25}]}, "^certify at -0.25: sigma must be a positive number"),
+        ({"certify": [{"alpha": 3}]}, "^certify: alpha must lie between 0 and 0.5"),
+        ({"certify": [{"sigma": 0.25, "n0": 0}]}, "^certify at 0.25: n0 must be a whole number of at least 1"),
+        ({"certify": [{"sigma": 0.25, "radii": [-1]}]}, "^certify at 0.25: a radius must be a number of at least 0"),
+        ({"certify": {"sigma": 0.25}}, "^certify must be a list"),
     ],
 )
 def test_bad_input_is_one_line_before_a_query(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
@@ -326,6 +398,14 @@ def test_bad_input_is_one_line_before_a_query(changes: dict[str, Any], complaint
     assert not (tmp_path / "out").exists()
 
 
+def test_numbers_of_zero_that_mean_something_are_taken(tmp_path: Path) -> None:
+    bounds = [{"metric": "success", "min": 0}, {"metric": "median-distance", "max": 1000}]
+    none = {"images": 4, "copies": 0, "benign": 0}
+    document = audit(tmp_path, preflight=none, thresholds=bounds, price_per_1000=0, defenses=["blacklight"])
+    seen = document["systems"][0]
+    assert (seen["preflight"]["copies"]["sent"], seen["benign"], document["worst_case"]["price"]) == (1, None, 0)
+
+
 def test_two_audits_do_not_share_a_folder(tmp_path: Path) -> None:
     with (
         Audit(load(SPEC), tmp_path, World({"spy": HalfSpace()}, DATA)),
@@ -333,6 +413,20 @@ def test_two_audits_do_not_share_a_folder(tmp_path: Path) -> None:
         Audit(load(SPEC), tmp_path, World({"spy": HalfSpace()}, DATA)),
     ):
         pass
+
+
+def test_runs_and_audits_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "digits-cnn", "--attack", "square", "--images", "2", "--epsilon", "0.8", "--budget", "20"]
+    words += ["--quiet", "--fresh", "--out"]
+    few = [written(tmp_path, attacks=["square"], budgets=[20]), "--quiet", "--out"]
+    for own, other, kind in ((main, attack, "an audit"), (attack, main, "a run")):
+        folder = tmp_path / kind
+        arguments = {main: few, attack: words}
+        assert own([*arguments[own], str(folder)]) == 0
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert other([*arguments[other], str(folder)]) == 2
+        assert f"holds {kind}: choose another one" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def written(tmp_path: Path, **changes: Any) -> str:

@@ -63,9 +63,9 @@ class Stage2:
             if step in self.looks:
                 self._look(step)
             self.book.keep(self, step)
+        self.book.close(self, step)
         self.guard.load_state_dict(self.kept)
         self.guard.eval().requires_grad_(False)
-        self.book.close()
         shop.record |= {
             "steps": step,
             "agreement": self.best,

@@ -3,6 +3,7 @@ undefended < ZO-DS < ZO-AE-DS with its control."""
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from robustbox.defenses.zo_estimators import CGE
 from robustbox.defenses.zo_networks import ARCHITECTURES, AutoEncoder, DnCNN, Guard
 from robustbox.defenses.zo_stage2 import Stage2
 from robustbox.defenses.zo_training import ZOTrainer
-from robustbox.errors import InputError
+from robustbox.errors import InputError, StorageError
 from robustbox.oracle import Oracle
 from robustbox.protocol import Answer, BlackBox
 from robustbox.trainer import Workshop
@@ -194,6 +195,42 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     repeated = books.record["repeated_rows"]
     assert repeated == 20 * 33  # the step that was cut short counts whole
     assert books.oracle.ledger["train"] == shop.oracle.ledger["train"] + repeated
+
+
+def test_a_training_whose_file_could_not_be_written_is_not_taken_again(
+    tmp_path: Path, digits: tuple[Tensor, list[int]]
+) -> None:
+    """Its last state stays until the defense is written, and asks no row."""
+    path, options = tmp_path / "d.checkpoint", {"rows": 20 * 33 * 3}
+    whole, shop = trained(ModuleBox(rb.load_model("digits-cnn")), digits, path, **options)
+    again = Counting(rb.load_model("digits-cnn"))
+    read, books = trained(again, digits, path, **options)
+    assert again.rows == 0
+    assert (books.oracle.ledger, books.record) == (shop.oracle.ledger, shop.record)
+    assert all(torch.equal(value, read.tensors()[name]) for name, value in whole.tensors().items())
+
+
+def test_a_checkpoint_that_cannot_be_written_or_read_is_one_line(
+    tmp_path: Path, digits: tuple[Tensor, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zo_checkpoint, "_SECONDS", 0.0)
+    box, options = ModuleBox(rb.load_model("digits-cnn")), {"rows": 20 * 33 * 3}
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be written: Not a directory"):
+        trained(box, digits, tmp_path / "file" / "d.checkpoint", **options)
+    (rows := tmp_path / "d.checkpoint.rows").write_text("0 660\n1 6")  # a full disk cut it short
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zo_checkpoint, "replace_file", full)
+        with pytest.raises(StorageError, match="No space left on device; make room"):
+            trained(box, digits, tmp_path / "d.checkpoint", **options)
+    assert rows.read_text() == "0 660\n0 660\n"
+    (tmp_path / "d.checkpoint").write_bytes(b"half")
+    with pytest.raises(InputError, match="cannot be read: remove it"):
+        trained(box, digits, tmp_path / "d.checkpoint", **options)
 
 
 def test_a_defense_goes_through_its_file(tmp_path: Path, digits: tuple[Tensor, list[int]]) -> None:

@@ -38,10 +38,6 @@ class Stage2:
             d = guard.eval().latent(shop.images[:1]).numel()
         self.cost = recipe.cost(d) * recipe.batch
         self.steps = recipe.rows // self.cost
-        if not self.steps:
-            raise InputError(
-                f"rows={recipe.rows} do not pay for one step, which asks {self.cost}: more rows, or a smaller batch"
-            )
         self.looks = {round(self.steps * i / 10) for i in range(1, 11)} - {0}
         self.best, self.kept = -1.0, {name: value.clone() for name, value in guard.state_dict().items()}
         self.trend: list[list[float]] = []

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import robustbox as rb
 from robustbox.boxes import ModuleBox
 from robustbox.defense_file import read_defense, read_record, write_defense
-from robustbox.defenses import zo_checkpoint
+from robustbox.defenses import zo_checkpoint, zo_training
 from robustbox.defenses.zo_ae_ds import ZOAEDS
 from robustbox.defenses.zo_estimators import CGE
 from robustbox.defenses.zo_networks import ARCHITECTURES, AutoEncoder, DnCNN, Guard
@@ -258,11 +258,27 @@ def test_a_defense_goes_through_its_file(tmp_path: Path, digits: tuple[Tensor, l
         ({"parts": "whole-plus"}, "needs order=first"),
         ({"batch": 300}, "two batches"),
         ({"variant": "ds-only"}, "by --pretrain"),
+        ({"rows": -10}, "rows of zo-ae-ds must be a whole number of at least 1, not -10"),
+        ({"batch": 0}, "batch of zo-ae-ds must be a whole number of at least 1"),
+        ({"estimator": "rge", "q": 0}, "q of zo-ae-ds must be a whole number of at least 1"),
+        ({"ae_epochs": -1}, "ae_epochs of zo-ae-ds must be a whole number of at least 0"),
+        ({"pretrain": -1}, "pretrain of zo-ae-ds must be a whole number of at least 0"),
+        ({"depth": 0}, "depth of zo-ae-ds must be a whole number of at least 2"),
+        ({"width": 0}, "width of zo-ae-ds must be a whole number of at least 1"),
+        ({"rate": -1.0}, "rate of zo-ae-ds must be a positive number"),
+        ({"ae_rate": torch.inf}, "ae_rate of zo-ae-ds must be a positive number"),
+        ({"mu": 0.0}, "mu of zo-ae-ds must be a positive number"),
+        ({"sigma": -1.0}, "sigma of zo-ae-ds must be a finite number of at least 0"),
+        ({"kick": -1.0}, "kick of zo-ae-ds must be a finite number of at least 0"),
+        ({"lambda_mse": torch.nan}, "lambda_mse of zo-ae-ds must be a number"),
+        ({"weight_decay": -1.0}, "weight_decay of zo-ae-ds must be a finite number of at least 0"),
+        ({"estimator": "rgee"}, "estimator of zo-ae-ds must be"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_without_a_row(
-    options: dict[str, Any], says: str, digits: tuple[Tensor, list[int]]
+    options: dict[str, Any], says: str, digits: tuple[Tensor, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(zo_training, "Guard", lambda **_: pytest.fail("a network was built"))
     box = Counting(rb.load_model("digits-cnn"))
     with pytest.raises(InputError, match=says):
         trained(box, digits, **options)

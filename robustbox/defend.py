@@ -125,7 +125,7 @@ def run(config: DefendConfig, trainer: Trainer) -> Path:
     box = as_black_box(config.model, config.device)
     for recipe in reversed(inputs.resolve_defenses(config.defense, None)):
         box = recipe.wrap(box, config.seed)
-    everything, classes = load_data(config.data)[:2]
+    everything, classes = load_data(config.data, box)[:2]
     if config.images is not None and not 1 <= config.images <= len(everything):
         raise InputError(f"--images must be from 1 to {len(everything)}, the size of the data set; not {config.images}")
     images = inputs.check_images(everything[: config.images], box)

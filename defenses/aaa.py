@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, BlackBox, Defense
 
-from .transforms import Outer
+from .transforms import Outer, wide
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class Misleading(Outer):
             self._needs_scores()
             return answer
         here = (answer.status == ANSWERED).to(self.device)
-        z = answer.scores[here]
+        scores = wide(answer.scores).clone()
+        z = scores[here]
         probabilities = self.scores == "probability"
         u = self._mislead(z.log().clamp_min(-80) if probabilities else z)
-        scores = answer.scores.clone()
-        scores[here] = (u.softmax(dim=1) if probabilities else u).to(scores.dtype)
+        scores[here] = u.softmax(dim=1) if probabilities else u
         return Answer(answer.labels, scores, answer.status)
 
     def _mislead(self, z: Tensor) -> Tensor:

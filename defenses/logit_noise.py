@@ -12,7 +12,7 @@ from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, Answer, BlackBox, Defense
 
 from .row_streams import RowStreams, unit_noise
-from .transforms import Outer
+from .transforms import Outer, wide
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class NoisyScores(Outer):
             self._needs_scores()
             return answer
         noise = unit_noise(self._streams.open(rows, accounts), answer.scores.shape[1], self.device)
-        z = answer.scores.log() if self.scores == "probability" else answer.scores
+        z = wide(answer.scores)
+        z = z.log() if self.scores == "probability" else z
         z = z + self._sigma * noise.to(z.dtype)
         labels = torch.where((answer.status == ANSWERED).to(z.device), z.argmax(dim=1), answer.labels.to(z.device))
         return Answer(labels, z.softmax(dim=1) if self.scores == "probability" else z, answer.status)

@@ -14,6 +14,7 @@ import torch
 
 from robustbox.boxes import ModuleBox
 from robustbox.errors import InputError
+from robustbox.options import check_options
 from robustbox.protocol import Defense
 from robustbox.trainer import Trainer, Workshop
 
@@ -48,6 +49,7 @@ class Calibration(Trainer):
     steps: int = 12
 
     def __post_init__(self) -> None:
+        check_options(self.name, self)
         if not (0 < self.drop < 1 and self.draws >= 1 and self.steps >= 1):
             raise InputError("drop must be a share between 0 and 1, draws and steps whole numbers of at least 1")
 
@@ -57,6 +59,8 @@ class Calibration(Trainer):
         """The largest scale of each recipe; what it costs is reported as it is found."""
         if not (shop.labels and len(shop.images) >= _LEAST):
             raise InputError(f"calibration needs {_LEAST} images or more (better 1000), there are {len(shop.images)}")
+        for recipe in recipes.values():
+            recipe(between[0]).wrap(shop.box, shop.seed)  # what cannot be defended costs no row
         labels = torch.tensor(shop.labels)
         clean = right(shop.oracle, shop.box, shop.images, labels.numpy(), 0, _FUSED)
         found = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from robustbox.distances import rounded
@@ -35,6 +36,11 @@ class Outer(BlackBox):
     def describe(self) -> dict[str, object]:
         """What a result must record: the model behind, and the options."""
         return {**super().describe(), "options": self._recipe.options(), "inner": self.inner.describe()}
+
+
+def wide(scores: Tensor) -> Tensor:
+    """Scores in float32 where they are of fewer bits: half precision cannot hold what defenses reckon and answer."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 class Transformed(Outer):

@@ -38,10 +38,6 @@ class Stage2:
             d = guard.eval().latent(shop.images[:1]).numel()
         self.cost = recipe.cost(d) * recipe.batch
         self.steps = recipe.rows // self.cost
-        if not self.steps:
-            raise InputError(
-                f"rows={recipe.rows} do not pay for one step, which asks {self.cost}: more rows, or a smaller batch"
-            )
         self.looks = {round(self.steps * i / 10) for i in range(1, 11)} - {0}
         self.best, self.kept = -1.0, {name: value.clone() for name, value in guard.state_dict().items()}
         self.trend: list[list[float]] = []
@@ -63,9 +59,9 @@ class Stage2:
             if step in self.looks:
                 self._look(step)
             self.book.keep(self, step)
+        self.book.close(self, step)
         self.guard.load_state_dict(self.kept)
         self.guard.eval().requires_grad_(False)
-        self.book.close()
         shop.record |= {
             "steps": step,
             "agreement": self.best,

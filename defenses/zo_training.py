@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from robustbox.boxes import ModuleBox
 from robustbox.errors import InputError
 from robustbox.identity import derive_seed, stream
+from robustbox.options import check_options
 from robustbox.protocol import Defense
 from robustbox.trainer import Trainer, Workshop
 
@@ -22,6 +24,9 @@ from .zo_stage2 import Stage2
 
 _CHUNK = 64
 """Directions of a batch that are decoded and asked at once."""
+_LEAST = {"q": 1, "rows": 1, "batch": 1, "ae_epochs": 0, "pretrain": 0, "depth": 2, "width": 1}
+_POSITIVE, _NOT_NEGATIVE = ("mu", "rate", "ae_rate"), ("kick", "sigma", "weight_decay", "lambda_mse")
+"""What numbers must be: the least whole ones, and others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,9 @@ class ZOTrainer(Trainer):
         pretrain: epochs of denoising by mean squared error before stage 2, without a query.
         depth, width: of the denoiser (17 and 64 in the paper).
         augment: random crops (4 pixels) and flips in stage 2.
+
+    Raises:
+        InputError: a number that means nothing.
     """
 
     name: ClassVar[str] = "zo-ae-ds"
@@ -84,8 +92,20 @@ class ZOTrainer(Trainer):
     width: int = 24
     augment: bool = False
 
+    def __post_init__(self) -> None:
+        check_options(self.name, self)
+        for option, least in _LEAST.items():
+            if (value := getattr(self, option)) < least:
+                raise InputError(f"{option} of {self.name} must be a whole number of at least {least}, not {value}")
+        for option in _POSITIVE:
+            if not 0 < (value := getattr(self, option)) < math.inf:
+                raise InputError(f"{option} of {self.name} must be a positive number, not {value}")
+        for option in _NOT_NEGATIVE:
+            if not 0 <= (value := getattr(self, option)) < math.inf:
+                raise InputError(f"{option} of {self.name} must be a finite number of at least 0, not {value}")
+
     def train(self, shop: Workshop) -> Defense:
-        """Make the defense; raises InputError before a row is asked where the black box does not fit."""
+        """Make the defense; raises InputError before anything is trained or asked where black box or images do not fit."""
         layout = self._check(shop)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(shop.seed, self.name, "weights") % 2**32)
@@ -137,7 +157,11 @@ class ZOTrainer(Trainer):
             raise InputError(
                 f"zo-ae-ds needs at least two batches of {self.batch} images, not {len(shop.images)} images"
             )
-        self.gradient()
+        d = math.prod(shape) if name is None else architecture(name).latent
+        if self._asks and self.rows < (step := self.batch * self.cost(d)):
+            raise InputError(
+                f"rows={self.rows} do not pay for one step, which asks {step}: more rows, or a smaller batch"
+            )
         return {"channels": shape[0], "depth": self.depth, "width": self.width, "autoencoder": name}
 
 

@@ -110,8 +110,9 @@ def npz(path: str) -> Data:
 def folder(path: str) -> Data:
     """Image files of one size, grey where all are, RGB otherwise.
 
-    They stand in a folder a class, PATH/CLASS/FILE, classes numbered in the order of their names; or all in one, named
-    by the number of their class in four digits, PATH/IIII_ANYTHING.
+    They stand in a folder a class, PATH/CLASS/FILE, classes numbered in the order of their names, or as the model numbers
+    them whose names they are (`robustbox.numbering`); or all in one, named by the number of their class in four digits,
+    PATH/IIII_ANYTHING.
     """
     name, root = f"folder:{path}", Path(path)
     if not root.is_dir():

@@ -71,6 +71,7 @@ class RemoteBox(BlackBox):
             self._url = f"{service.url.rstrip('/')}/v1/answer"
             self._introduce()
         else:
+            self.class_names = service.response.classes
             self.scores = "none" if service.response.scores is None else service.response.kind
             if service.response.names is not None:  # a list of the best, in which what is missing has 0
                 self.scores = "probability"

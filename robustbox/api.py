@@ -18,6 +18,7 @@ from robustbox.evaluator import undefended
 from robustbox.folder import RunFolder, open_run
 from robustbox.journaled import journaled
 from robustbox.loop import Progress
+from robustbox.numbering import numbered
 from robustbox.oracle import Oracle, check_knowledge
 from robustbox.protocol import Attack, BlackBox, Defense
 from robustbox.provenance import Rules
@@ -261,9 +262,15 @@ def load_model(name: str) -> Any:
     return registry.make("models", name)
 
 
-def load_data(name: str) -> Any:
-    """A data set by name: images float32 [N,C,H,W] in [0, 1], labels int64 [N], and the names of its classes."""
-    return registry.make("data", name)
+def load_data(name: str, model: Model | None = None) -> Any:
+    """A data set by name: images float32 [N,C,H,W] in [0, 1], labels int64 [N], and the names of its classes.
+
+    Args:
+        name: of the data set.
+        model: number the labels as this model does, where both name their classes (`robustbox.numbering`).
+    """
+    data = registry.make("data", name)
+    return data if model is None else numbered(data, as_black_box(model), name)
 
 
 def list_attacks() -> list[str]:

@@ -59,7 +59,7 @@ def run(command: Command) -> None:
     config, console = command.config, Console(quiet=command.quiet)
     box = as_black_box(config.model, config.device)
     name = config.data or setting.own_data(config.model)
-    everything, classes = load_data(name)[:2]
+    everything, classes = load_data(name, box)[:2]
     n = setting.count(config.images, len(everything))
     images, labels = everything[:n], classes[:n]
     arguments = setting.arguments(config, box, everything, classes, n)

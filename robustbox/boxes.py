@@ -134,6 +134,7 @@ class ModuleBox(LocalBox):
         if self.card is not None:
             self.name, self.input_shape = self.card.name, self.card.input_shape
             self.classes, self.scores = self.card.classes, self.card.scores
+            self.class_names: tuple[str, ...] | None = getattr(self.card, "class_names", None)
 
     def _run(self, rows: Tensor) -> Any:
         if not getattr(self.module, "training", False):  # frozen TorchScript has no modes

@@ -133,7 +133,7 @@ def run(config: CertifyConfig) -> dict[str, Any]:
     oracle = Oracle(box, levels=config.levels)
     certifier.check(oracle)
     name = config.data or setting.own_data(config.model)
-    everything, classes = load_data(name)[:2]
+    everything, classes = load_data(name, box)[:2]
     n = setting.count(config.images, len(everything))
     images = inputs.check_images(everything[:n], box)
     labels = inputs.check_labels(classes[:n], n, box.classes)

@@ -24,9 +24,9 @@ from robustbox import inputs, registry
 from robustbox.api import load_data
 from robustbox.boxes import as_black_box
 from robustbox.config import add_options, canonical, explained, spelled_out
-from robustbox.defense_file import write_defense
+from robustbox.defense_file import claim_file, write_defense
 from robustbox.environment import environment
-from robustbox.errors import InputError, ModelError
+from robustbox.errors import InputError, ModelError, StorageError
 from robustbox.identity import sha256
 from robustbox.oracle import Oracle
 from robustbox.trainer import Trainer, Workshop, silent
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, trainer = parse(list(sys.argv[1:] if argv is None else argv))
         run(config, trainer)
-    except (InputError, ModelError) as error:
+    except (InputError, ModelError, StorageError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -112,26 +112,26 @@ def run(config: DefendConfig, trainer: Trainer) -> Path:
     """Train, and write the file; returns its path.
 
     Raises:
-        InputError: bad input, before a row is asked.
+        InputError: bad input, or a file that cannot be written, before a row is asked.
+        ModelError: the black box failed.
+        StorageError: the file can no longer be written.
     """
     stem = re.sub(r"[^\w.-]+", "-", f"{trainer.name}-{config.model}")
     out = Path(config.out or f"{stem}.safetensors")
     if out.suffix != ".safetensors":
         raise InputError(f"--out must end in .safetensors, by which --defense knows a file; not {out.name}")
-    if out.exists():
-        raise InputError(f"{out} exists: choose another file, or remove it first")
     if config.data is None:
         raise InputError("name the defender's images with --data: not those that are attacked later")
     box = as_black_box(config.model, config.device)
     for recipe in reversed(inputs.resolve_defenses(config.defense, None)):
         box = recipe.wrap(box, config.seed)
-    everything, classes = load_data(config.data)[:2]
+    everything, classes = load_data(config.data, box)[:2]
     if config.images is not None and not 1 <= config.images <= len(everything):
         raise InputError(f"--images must be from 1 to {len(everything)}, the size of the data set; not {config.images}")
     images = inputs.check_images(everything[: config.images], box)
     labels = inputs.check_labels(classes[: config.images], len(images), box.classes)
     inputs.check_threat("l2", None, config.levels)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    claim_file(out)
     shop = Workshop(
         oracle=Oracle(box, "score", config.levels),
         images=images,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from robustbox import registry
-from robustbox.errors import InputError
+from robustbox.errors import InputError, StorageError
+from robustbox.folder import replace_file
 from robustbox.protocol import Defense
 
 SUFFIX = ".safetensors"
@@ -38,8 +39,29 @@ def takes_options(defense: object) -> str | None:
     return name if isinstance(name, str) and name not in ("", "null", "none") else None
 
 
+def claim_file(path: Path) -> None:
+    """Make the folder of a file that is still to be made, and see that a file can be written there.
+
+    Raises:
+        InputError: there is such a file already, or none can be.
+    """
+    try:
+        if path.exists():
+            raise InputError(f"{path} exists: choose another file, or remove it first")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}; choose another file") from error
+
+
 def write_defense(path: Path, defense: Defense, record: Mapping[str, object]) -> None:
-    """Write a defense (its name must be registered) with a record of how it was made, whole or not at all."""
+    """Write a defense (its name must be registered) with a record of how it was made, whole or not at all.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
     from safetensors.torch import save
 
     metadata = {
@@ -49,9 +71,10 @@ def write_defense(path: Path, defense: Defense, record: Mapping[str, object]) ->
         "record": json.dumps(dict(record)),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in defense.tensors().items()}
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(save(tensors, metadata))
-    part.replace(path)
+    try:
+        replace_file(path, save(tensors, metadata))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def read_defense(path: str | Path) -> Defense:

@@ -191,5 +191,6 @@ def _room(cell: Cell) -> Path:
 
 def _images(cell: Cell, world: World) -> tuple[Tensor, Tensor, int]:
     """All images and labels of a cell's data set, and how many of them are attacked."""
-    images, labels = world.everything(cell.config.data or setting.own_data(cell.config.model))
+    box = world.box(cell.config.model, cell.config.device)
+    images, labels = world.everything(cell.config.data or setting.own_data(cell.config.model), box)
     return images, labels, setting.count(cell.config.images, len(images))

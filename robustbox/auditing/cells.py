@@ -101,7 +101,7 @@ def run_cell(cell: Cell, world: World, watch: Watch | None = None) -> Outcome:
 def _attack(cell: Cell, world: World, watch: Watch | None) -> None:
     config = cell.config
     box = world.box(config.model, config.device)
-    everything, classes = world.everything(config.data or setting.own_data(config.model))
+    everything, classes = world.everything(config.data or setting.own_data(config.model), box)
     n = setting.count(config.images, len(everything))
     arguments = setting.arguments(config, box, everything, classes, n)
     with open_run(cell.folder, config.what_to_run()) as folder:

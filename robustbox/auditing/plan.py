@@ -94,7 +94,7 @@ def make_plan(spec: AuditSpec, world: World, out: Path) -> Plan:
             plan.systems.append(System(_slug(model.name, defense.name), model, defense))
             for cell in _cells(spec, model, defense, len(images), out):
                 try:
-                    everything, classes = world.everything(cell.config.data or "")
+                    everything, classes = world.everything(cell.config.data or "", box)
                     arguments = setting.arguments(cell.config, box, everything, classes, len(images))
                     plan.worst[cell.id] = worst_case(box, images, labels, **arguments)
                 except InputError as error:
@@ -117,7 +117,7 @@ def images_of(model: ModelEntry, spec: AuditSpec, world: World) -> tuple[BlackBo
         InputError: one does not exist, or they do not go together.
     """
     box = world.box(model.model, spec.device)
-    everything, classes = world.everything(data_of(model))
+    everything, classes = world.everything(data_of(model), box)
     there = len(everything)
     n = min(spec.images, there) if model.images is None else setting.count(model.images, there)
     inputs.check_images(everything[:n], box)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustbox.api import load_data
 from robustbox.boxes import as_black_box
+from robustbox.numbering import numbered
 from robustbox.protocol import BlackBox
 
 
@@ -31,10 +32,11 @@ class World:
         """The undefended black box of a name; the same one whenever it is asked for in this process."""
         return as_black_box(self.models[name], device) if name in self.models else _box(name, device)
 
-    def everything(self, name: str) -> tuple[Tensor, Tensor]:
-        """All images and labels of a data set."""
+    def everything(self, name: str, box: BlackBox | None = None) -> tuple[Tensor, Tensor]:
+        """All images and labels of a data set, these as a black box numbers its classes."""
         if name not in self.data:
-            return _data(name)
+            images, labels = (_data(name) if box is None else numbered(_data(name), box, name))[:2]
+            return images, labels
         images, labels = self.data[name]
         return torch.as_tensor(images), torch.as_tensor(labels)
 
@@ -45,6 +47,5 @@ def _box(name: str, device: str) -> BlackBox:
 
 
 @cache
-def _data(name: str) -> tuple[Tensor, Tensor]:
-    images, labels = load_data(name)[:2]
-    return images, labels
+def _data(name: str) -> Any:
+    return load_data(name)

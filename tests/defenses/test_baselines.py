@@ -203,6 +203,22 @@ def test_aaa_gives_probabilities_where_it_is_given_them() -> None:
     assert misled(certain, kind="probability")[0].isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["logit", "probability"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_scores_of_other_precision_are_those_of_float32(dtype: torch.dtype, kind: str) -> None:
+    """Adam in half precision divides by a zero; an answer rounded to it ties classes that were told apart."""
+    given = scores(50) if kind == "logit" else scores(50).softmax(dim=1)
+    given = given.to(dtype)
+    x, accounts = torch.zeros(50, 1, 1, 10), torch.arange(50)
+    for defense in (AAA(), LogitNoise(0.5)):
+        found = defense.wrap(Echo(given, kind), 0).answer(x, accounts)
+        plain = defense.wrap(Echo(given.float(), kind), 0).answer(x, accounts).scores
+        assert found.scores is not None
+        assert plain is not None
+        torch.testing.assert_close(found.scores.float(), plain, rtol=0, atol=0 if dtype != torch.float64 else 1e-2)
+        assert torch.equal(found.labels, found.scores.argmax(dim=1))
+
+
 def test_aaa_leaves_what_was_refused() -> None:
     class Refusing(Echo):
         def answer(self, rows: Tensor, accounts: Tensor) -> Answer:

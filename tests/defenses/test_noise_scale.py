@@ -178,6 +178,11 @@ def test_what_cannot_be_calibrated() -> None:
         InputNoiseTrainer().train(few)
     with pytest.raises(InputError, match="drop"):
         InputNoiseTrainer(drop=0)
+    with pytest.raises(InputError, match="draws of input-noise must be a whole number"):
+        InputNoiseTrainer(draws=1.5)  # type: ignore[arg-type]
+    labels_only = CallableBox(lambda x: pytest.fail("a row was asked"), scores="none")
+    with pytest.raises(InputError, match="labels only"):
+        LogitNoiseTrainer().train(Workshop(Oracle(labels_only), images, labels))
     assert not few.oracle.ledger
 
 

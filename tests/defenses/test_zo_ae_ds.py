@@ -3,6 +3,7 @@ undefended < ZO-DS < ZO-AE-DS with its control."""
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from torch.nn import functional as F
 import robustbox as rb
 from robustbox.boxes import ModuleBox
 from robustbox.defense_file import read_defense, read_record, write_defense
-from robustbox.defenses import zo_checkpoint
+from robustbox.defenses import zo_checkpoint, zo_training
 from robustbox.defenses.zo_ae_ds import ZOAEDS
 from robustbox.defenses.zo_estimators import CGE
 from robustbox.defenses.zo_networks import ARCHITECTURES, AutoEncoder, DnCNN, Guard
 from robustbox.defenses.zo_stage2 import Stage2
 from robustbox.defenses.zo_training import ZOTrainer
-from robustbox.errors import InputError
+from robustbox.errors import InputError, StorageError
 from robustbox.oracle import Oracle
 from robustbox.protocol import Answer, BlackBox
 from robustbox.trainer import Workshop
@@ -196,6 +197,42 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     assert books.oracle.ledger["train"] == shop.oracle.ledger["train"] + repeated
 
 
+def test_a_training_whose_file_could_not_be_written_is_not_taken_again(
+    tmp_path: Path, digits: tuple[Tensor, list[int]]
+) -> None:
+    """Its last state stays until the defense is written, and asks no row."""
+    path, options = tmp_path / "d.checkpoint", {"rows": 20 * 33 * 3}
+    whole, shop = trained(ModuleBox(rb.load_model("digits-cnn")), digits, path, **options)
+    again = Counting(rb.load_model("digits-cnn"))
+    read, books = trained(again, digits, path, **options)
+    assert again.rows == 0
+    assert (books.oracle.ledger, books.record) == (shop.oracle.ledger, shop.record)
+    assert all(torch.equal(value, read.tensors()[name]) for name, value in whole.tensors().items())
+
+
+def test_a_checkpoint_that_cannot_be_written_or_read_is_one_line(
+    tmp_path: Path, digits: tuple[Tensor, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zo_checkpoint, "_SECONDS", 0.0)
+    box, options = ModuleBox(rb.load_model("digits-cnn")), {"rows": 20 * 33 * 3}
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be written: Not a directory"):
+        trained(box, digits, tmp_path / "file" / "d.checkpoint", **options)
+    (rows := tmp_path / "d.checkpoint.rows").write_text("0 660\n1 6")  # a full disk cut it short
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zo_checkpoint, "replace_file", full)
+        with pytest.raises(StorageError, match="No space left on device; make room"):
+            trained(box, digits, tmp_path / "d.checkpoint", **options)
+    assert rows.read_text() == "0 660\n0 660\n"
+    (tmp_path / "d.checkpoint").write_bytes(b"half")
+    with pytest.raises(InputError, match="cannot be read: remove it"):
+        trained(box, digits, tmp_path / "d.checkpoint", **options)
+
+
 def test_a_defense_goes_through_its_file(tmp_path: Path, digits: tuple[Tensor, list[int]]) -> None:
     box = ModuleBox(rb.load_model("digits-cnn"))
     defense, shop = trained(box, digits, rows=20 * 129 * 2, variant="ds")
@@ -221,11 +258,27 @@ def test_a_defense_goes_through_its_file(tmp_path: Path, digits: tuple[Tensor, l
         ({"parts": "whole-plus"}, "needs order=first"),
         ({"batch": 300}, "two batches"),
         ({"variant": "ds-only"}, "by --pretrain"),
+        ({"rows": -10}, "rows of zo-ae-ds must be a whole number of at least 1, not -10"),
+        ({"batch": 0}, "batch of zo-ae-ds must be a whole number of at least 1"),
+        ({"estimator": "rge", "q": 0}, "q of zo-ae-ds must be a whole number of at least 1"),
+        ({"ae_epochs": -1}, "ae_epochs of zo-ae-ds must be a whole number of at least 0"),
+        ({"pretrain": -1}, "pretrain of zo-ae-ds must be a whole number of at least 0"),
+        ({"depth": 0}, "depth of zo-ae-ds must be a whole number of at least 2"),
+        ({"width": 0}, "width of zo-ae-ds must be a whole number of at least 1"),
+        ({"rate": -1.0}, "rate of zo-ae-ds must be a positive number"),
+        ({"ae_rate": torch.inf}, "ae_rate of zo-ae-ds must be a positive number"),
+        ({"mu": 0.0}, "mu of zo-ae-ds must be a positive number"),
+        ({"sigma": -1.0}, "sigma of zo-ae-ds must be a finite number of at least 0"),
+        ({"kick": -1.0}, "kick of zo-ae-ds must be a finite number of at least 0"),
+        ({"lambda_mse": torch.nan}, "lambda_mse of zo-ae-ds must be a number"),
+        ({"weight_decay": -1.0}, "weight_decay of zo-ae-ds must be a finite number of at least 0"),
+        ({"estimator": "rgee"}, "estimator of zo-ae-ds must be"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_without_a_row(
-    options: dict[str, Any], says: str, digits: tuple[Tensor, list[int]]
+    options: dict[str, Any], says: str, digits: tuple[Tensor, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(zo_training, "Guard", lambda **_: pytest.fail("a network was built"))
     box = Counting(rb.load_model("digits-cnn"))
     with pytest.raises(InputError, match=says):
         trained(box, digits, **options)

@@ -12,10 +12,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch import nn
 
 import robustbox as rb
+from robustbox.auditing.world import World
+from robustbox.boxes import as_black_box
 from robustbox.errors import InputError
-from robustbox.models.data import digits
+from robustbox.inputs import resolve_defenses
+from robustbox.models.cards import Card, carded
+from robustbox.models.data import CIFAR10_CLASSES, digits
 
 RNG = np.random.default_rng(0)
 COLOUR: NDArray[np.uint8] = RNG.integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)  # [N,H,W,C]
@@ -158,6 +163,37 @@ class TestFolder:
         assert data.labels.tolist() == [4, 7, 950]
         assert data.classes is None
         torch.testing.assert_close(data.images, torch.from_numpy(COLOUR[[2, 0, 1]]).permute(0, 3, 1, 2) / 255)
+
+    def test_folders_named_as_the_models_classes_get_its_numbers(self, tmp_path: Path) -> None:
+        """Two classes of CIFAR-10 have no sample; the model's numbers hold all the same, behind defenses too."""
+        known = rb.load_data("foolbox:cifar10")
+        for i, (image, label) in enumerate(zip(known.images, known.labels.tolist(), strict=True)):
+            picture = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+            self.write(tmp_path / CIFAR10_CLASSES[label] / f"{i:02d}.png", picture)
+        name, model = f"folder:{tmp_path}", rb.load_model("cifar10-resnet20")
+        data = rb.load_data(name, model)
+        assert data.classes == CIFAR10_CLASSES
+        assert sorted(data.labels.tolist()) == sorted(known.labels.tolist())
+        assert float((model(data.images).argmax(1) == data.labels).float().mean()) > 0.8
+        assert int(rb.load_data(name).labels.max()) == 7
+        behind = resolve_defenses("median", None)[0].wrap(as_black_box(model), 0)
+        assert torch.equal(rb.load_data(name, behind).labels, data.labels)
+        assert torch.equal(World().everything(name, as_black_box(model))[1], data.labels)
+
+    def test_names_that_the_model_has_in_part_or_twice(self, tmp_path: Path) -> None:
+        def named(*names: str) -> nn.Module:
+            return carded(nn.Flatten(), Card("toy", "nothing", classes=len(names), class_names=names))
+
+        for kind in ("ant", "bee", "cat"):
+            self.write(tmp_path / kind / "1.png", COLOUR[0])
+        name = f"folder:{tmp_path}"
+        for unknown in (("x", "y", "z"), ("ant", "bee", "kitten")):  # the model's numbers are these as they are
+            assert rb.load_data(name, named(*unknown)).labels.tolist() == [0, 1, 2]
+        assert rb.load_data(name, named("cat", "bee", "ant")).labels.tolist() == [2, 1, 0]
+        with pytest.raises(InputError, match="class 'bee' is number 2 of toy, which has no class 'cat'"):
+            rb.load_data(name, named("ant", "auk", "bee", "kitten"))
+        with pytest.raises(InputError, match="more than one class 'bee'"):
+            rb.load_data(name, named("ant", "bee", "bee", "cat"))
 
     def test_grey_where_all_are(self, tmp_path: Path) -> None:
         self.write(tmp_path / "a" / "1.png", COLOUR[0, ..., 0])

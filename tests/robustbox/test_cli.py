@@ -46,8 +46,8 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[World]:
     def box(name: str, device: str) -> Any:
         return planted.box if name == "spy" else as_black_box(name, device)
 
-    def data(name: str) -> Any:
-        return (planted.images, planted.labels) if name == "planted" else load_data(name)
+    def data(name: str, model: Any = None) -> Any:
+        return (planted.images, planted.labels) if name == "planted" else load_data(name, model)
 
     monkeypatch.setattr(cli, "as_black_box", box)
     monkeypatch.setattr(cli, "load_data", data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import robustbox as rb
-from robustbox import registry
+from robustbox import defense_file, registry
 from robustbox.attack import main as attack
 from robustbox.defend import main
 from robustbox.defense_file import read_defense, read_record
@@ -153,6 +154,34 @@ def test_bad_commands_are_one_line(words: list[str], says: str, capsys: pytest.C
     assert main([*words, *(["--model", "digits-cnn"] if words else [])]) == 2
     told = capsys.readouterr().err
     assert says in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("out", ["/proc/d.safetensors", "{folder}/file/d.safetensors", "{folder}/{long}.safetensors"])
+def test_a_file_that_cannot_be_written_is_refused_before_a_row(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Brightener, "train", lambda *_: pytest.fail("rows were asked"))
+    words = ["brightener", "--model", "digits-cnn", "--data", "digits", "--out"]
+    assert main([*words, out.format(folder=tmp_path, long="d" * 250)]) == 2
+    told = capsys.readouterr().err
+    assert "cannot be written" in told
+    assert told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_fills_up_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(defense_file, "replace_file", full)
+    words = ["brightener", "--model", "digits-cnn", "--data", "digits", "--out", str(tmp_path / "d.safetensors")]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "cannot be written: No space left on device" in told
     assert told.count("\n") == 1
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from robustbox.protocol import Answer, Query, Task
 
 from .flips import START, flip
+from .levels import dither
 from .moves import inward
 from .patterns import Pieces, Wavelets, climb
 from .race import Start, race
@@ -26,9 +27,7 @@ from .rays import RayS, turn_over
 from .starts import brought, find_start
 
 
-def approach(
-    task: Task, guess: float, precision: float, thresholds: Tensor | None = None
-) -> Generator[Query, Answer, Tensor | None]:
+def approach(task: Task, guess: float, precision: float) -> Generator[Query, Answer, Tensor | None]:
     """A point that reaches the goal [1,C,H,W], just beyond the boundary on the way from the image to it; None if nothing did.
 
     Flips follow a climb or what was brought alone: from what is found without one normals lead on as fast, and RayS has flipped
@@ -37,7 +36,6 @@ def approach(
     Args:
         guess: the share of the way to the image that the line search tries first where no climb came before it.
         precision: the bracket at which it ends, over the distance; and the guess after a climb.
-        thresholds: by which it dithers, as `inward`.
 
     Cost: that of `climb`, or of a `race` of it with `bring` where something was brought and with RayS in linf untargeted; where
     it found nothing of `find_start`, towards a target of `imagine`; of `flip` in linf, unless RayS won; and of `inward`, 1 row
@@ -63,6 +61,7 @@ def approach(
             return None
     if flips and climbed:
         point = yield from flip(task, point)
+    thresholds = dither(task) if task.norm == "linf" else None
     point, _ = yield from inward(task, point, precision if climbed else guess, precision, thresholds)
     return point
 

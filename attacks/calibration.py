@@ -112,9 +112,9 @@ class Bisection:
 class Dial:
     """A knob with what is known of a gate's answers to it: on the attack's own schedule, in search of a value, or settled.
 
-    A settled value goes on to follow the gate. Where the share r of refused rows among the last `samples` is twice what is
-    tolerated, it grows by exp(GAIN (r - tolerated)); where most of them were refused, it is searched for again, up to `REACH`
-    times as far.
+    A settled value goes on to follow the gate, upwards. Where the share r of refused rows among the last `samples` is twice
+    what is tolerated, it grows by exp(GAIN (r - tolerated)); where most of them were refused, it is searched for again, up to
+    `REACH` times as far.
 
     Args:
         bounds: of the first search.

@@ -12,7 +12,7 @@ so that only w has to be learnt (eq. 4-6). Iteration t = 0, 1, ..., T - 1, from 
 The paper splits a budget over the iterations by N_t = N_0 lambda^(-2 t / 3) (theorem 3), for later estimates matter more. T is
 the largest number for which N_0 is at least `n0`. Estimates are summed over the iterations, as in the authors' code.
 
-Query cost of iteration t: N_t + s + about ceil(log2(sqrt(d) / 10)) rows, 10 at 3 x 32 x 32, where s is 1 + the directions that
+Query cost of iteration t: N_t + s + about ceil(log2(10 sqrt(d))) rows, 10 at 3 x 32 x 32, where s is 1 + the directions that
 failed, at most `DIRECTIONS`; the start search (`starts.find_start`) and one line search come first.
 
 Deviations from the paper's algorithm:

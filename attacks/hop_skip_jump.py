@@ -10,7 +10,7 @@ From a boundary point x_t at distance R_t = |x_t - x| (l2 or linf) of the source
 Noise and tolerance come from one number theta (section III-C): delta_t = sqrt(d) theta R_t for l2 and d theta R_t for linf in d
 dimensions, and bisection ends at theta of the distance.
 
-Query cost of iteration t: B_t + s + about ceil(log2(1 / theta)) rows, 10 at 3 x 32 x 32, where s is 1 + the halvings, at most
+Query cost of iteration t: B_t + s + about ceil(log2(1 / theta)) rows, 11 at 3 x 32 x 32, where s is 1 + the halvings, at most
 `STEPS`; the start search (`starts.find_start`) and one bisection come first.
 
 Deviations from the paper's algorithm:

@@ -12,7 +12,7 @@ parity="wide" (default) differs from the paper's code in this:
 - It adapts in flight. The attack's own scale comes first, and as long as that passes nothing is changed and nothing spent. Once
   it is refused, the rows that the attack asks anyway are drawn at the values of a bisection on a logarithmic scale, between
   the ends of the knob's range, where the paper's lower bounds already are the answer. A trial ends at the first decisive count.
-- A value that was found goes on to follow the gate, up and down (`calibration.py`). Where accounts are banned, every refusal
+- A value that was found goes on to follow the gate, upwards (`calibration.py`). Where accounts are banned, every refusal
   counts, trials lean to the safe side, and few rows are asked at a time.
 - Rows that cannot be drawn again (line searches, most steps) are guarded (`spacing.py`): moved by a little noise where they
   would come too near to earlier ones, or not asked at all. So attacks without knobs pass, too.

@@ -88,7 +88,7 @@ def turn_over(task: Task, share: float, once: bool = False) -> Generator[Query, 
     Returns:
         The nearest point found [1,C,H,W], when nothing is left to gain.
 
-    Cost: that of `RayS`; with `once` at most 3 rows a value, and those of its improvements.
+    Cost: that of `RayS`; with `once` at most 3 rows a value once something reached the goal, and those of its improvements.
     """
     ray = _Ray(task)
     size = task.image.numel()

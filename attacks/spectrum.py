@@ -12,7 +12,7 @@ each colour, and of the 16 cells of the image are learnt, from 1 on.
 What is known of an image alone is its perturbation v = x_b - x at a boundary point: at the nearest point it is parallel to the
 normal, and long before it lies where normals lie. So c_i is multiplied by a power of the product of three ratios,
 
-    (e / c + 0.5) / 1.5     of the energy e of v / |v| to what the c above give: in the coefficient, in its band, in its cell.
+    (e / c + 0.5) / 1.5     of the energy e of v / |v| to c with all l = 1: in the coefficient, in its band, in its cell.
 
 The sign of <n, u> under noise u with variances s_i has E[sign u_i] = k s_i n_i / tau, k^2 = 2 / pi, tau^2 = sum s_i n_i^2.
 So q signs tell of n_i what a measurement with noise of variance 1 / I_i does, I_i = k^2 q s_i / tau^2, and n_i is known to the

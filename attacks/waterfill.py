@@ -134,12 +134,15 @@ class Waterfill(Attack):
 
     def _search(self, task: Task, spectrum: Spectrum) -> Search:
         knob, lift, number, evidence = radius_knob(task.image), Lift(), spectrum.enter(), Evidence(task.image)
-        asked, thresholds = Asked(spectrum.basis, task.image), dither(task) if task.norm == "linf" else None
-        point = yield from approach(task, FIRST, PRECISION, thresholds)
+        asked = Asked(spectrum.basis, task.image)
+        point = yield from approach(task, FIRST, PRECISION)
         if point is None:
             return
+        thresholds, n0 = (
+            dither(task) if task.norm == "linf" else None,
+            self.n0 or N0[task.norm][task.target is not None],
+        )
         guess, scale, added, precision = FIRST, 1.0, ADDED, PRECISION
-        n0 = self.n0 or N0[task.norm][task.target is not None]
         for t in count(1):
             point = yield from hold(task, point)
             radius = float(distance(point - task.image, task.norm))

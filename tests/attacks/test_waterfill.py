@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from robustbox import load_data, load_model, run_attack
 from robustbox.attacks import approach
+from robustbox.attacks.apart import Asked
 from robustbox.attacks.blocks import Blocks
 from robustbox.attacks.hop_skip_jump import Lift
 from robustbox.attacks.race import Start
@@ -22,7 +24,7 @@ from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, Norm, Query, Task
 from robustbox.statistics import median
-from tests.attacks.analytic import Flat, check_box, drive, task, unit
+from tests.attacks.analytic import Flat, drive, task, unit
 from tests.attacks.table import AWAY, Plane, beyond, images
 
 
@@ -308,16 +310,9 @@ def test_estimates_are_filtered_in_l2_untargeted_alone(
 
 
 def transcript(n: int, share: bool) -> Tensor:
-    """Every row that the black box was asked for the first image."""
-    box, seen = Flat((3, 8, 8), AWAY), []
-    of = box.images(n)
-
-    def model(rows: Tensor) -> Tensor:
-        check_box(rows)
-        seen.append(rows.clone())
-        return box(rows)
-
-    result = run_attack(model, of, [0] * n, Waterfill(share_prior=share), budget=250, max_rows=1)
+    """The improvements of the first image's distance."""
+    box = Flat((3, 8, 8), AWAY)
+    result = run_attack(box, box.images(n), [0] * n, Waterfill(share_prior=share), budget=250, max_rows=1)
     assert not any(result.errors), result.errors
     return torch.tensor([far for _, far in result.traces[0]])
 
@@ -373,6 +368,121 @@ def test_it_comes_near_under_noise_that_is_mostly_white() -> None:
     _, asked = drive(relayed(Waterfill().search(of), ask), of, answers)
     rows = torch.cat([query.rows for query in asked])
     assert float(distance(rows[answers(rows) == 1] - of.image, "l2").min()) < 1.3 * 0.5
+
+
+def estimates(asked: Sequence[Query]) -> list[list[Query]]:
+    """The queries of each estimate."""
+    return [list(its) for kind, its in groupby(asked, lambda query: query.kind) if kind == "probe"]
+
+
+@pytest.mark.parametrize(("targeted", "first"), [(False, 20), (True, 6)])
+def test_estimates_grow_with_the_root_of_their_number_and_leave_rows_for_the_last_search(
+    targeted: bool, first: int
+) -> None:
+    box = Flat((3, 8, 8), AWAY)
+    aim: dict[str, Any] = {"target": 1, "pool": (beyond(), torch.ones(4, dtype=torch.long))} if targeted else {}
+    _, asked = drive(Waterfill().search(of := task(box.images(1)[0], budget=400, **aim)), of, box)
+    left, number, searches = 400, 0, []
+    for kind, its in groupby(asked, lambda query: query.kind):
+        size = sum(len(query.rows) for query in its)
+        if kind == "probe":
+            number += 1
+            if left > 16:  # towards the end estimates of one row follow one another
+                assert size == min(int(first * number**0.5), left - 8)
+        elif number:
+            searches.append(size)
+        left -= size
+    assert number > 5
+    assert np.mean(searches[:-1]) <= 9
+
+
+def test_noise_has_no_part_along_the_ray_nor_along_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, sample = [], Asked.sample
+
+    def spy(self: Asked, n: int, variances: Tensor, across: Sequence[Tensor], *rest: Any, **more: Any) -> Tensor:
+        drawn.append((across, u := sample(self, n, variances, across, *rest, **more)))
+        return u
+
+    monkeypatch.setattr(Asked, "sample", spy)
+    box = Flat((3, 8, 8), AWAY)
+    drive(Waterfill().search(of := task(box.images(1)[0], budget=300)), of, box)
+    assert len(drawn) > 4
+    for k, (across, u) in enumerate(drawn):
+        ray, known = across
+        for direction in (ray, known) if k else (ray,):  # nothing is known at first
+            assert float(direction.norm()) > 0
+            assert (u * direction).sum((1, 2, 3)).abs().max() < 1e-4 * float(u.norm() * direction.norm())
+    cosines = []
+    for (ray, known), _ in drawn[1:]:
+        rest = box.normal - (box.normal * ray).sum() / ray.square().sum() * ray
+        cosines.append(float((known * rest).sum() / known.norm() / rest.norm()))
+    assert cosines[-1] > 0.12  # by chance 0.07
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.7])
+def test_evidence_fades_by_its_memory_once_an_iteration(memory: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares, fade = [], Evidence.fade
+
+    def spy(self: Evidence, share: float) -> None:
+        before = float(self.precision.sum())
+        fade(self, share)
+        shares.append(share)
+        assert float(self.precision.sum()) == pytest.approx(share * before)
+
+    monkeypatch.setattr(Evidence, "fade", spy)
+    box = Flat((3, 8, 8), AWAY)
+    _, asked = drive(Waterfill(memory=memory).search(of := task(box.images(1)[0], budget=300)), of, box)
+    assert shares == [memory] * len(shares)
+    assert len(shares) - len(estimates(asked)) in (0, 1)  # the last one may be beyond the budget
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_noise_is_not_lost_between_grey_levels(norm: Norm) -> None:
+    box = Flat((3, 8, 8), 0.1, levels=256)
+    image = (box.images(1)[0] * 255).round() / 255
+    of = task(image, norm, budget=1500, levels=256)
+    _, asked = drive(Waterfill().search(of), of, box)
+    told = []
+    for its in estimates(asked):
+        rows = torch.cat([query.rows for query in its])
+        if len(rows) >= 20:
+            assert float((rows - rows.mean(0)).std()) > 0.6 / 255  # what the box leaves of 1.3 levels
+            told.append(float(box(rows).float().mean()))
+    assert len(told) > 4
+    assert np.mean([share in (0, 1) for share in told]) < 0.5
+
+
+@pytest.mark.parametrize("held", [2**20, 0])
+def test_rows_that_stay_count_for_the_noise_that_they_had_when_a_wrapper_sets_its_length(
+    held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robustbox.attacks.noise.HELD_BYTES", held)
+    told, add = [], Evidence.add
+
+    def spy(self: Evidence, sums: Tensor, *rest: Any) -> None:
+        told.append(sums[0].clone())
+        add(self, sums, *rest)
+
+    monkeypatch.setattr(Evidence, "add", spy)
+    box = Flat((3, 16, 16), 0.2)
+    of = task(box.images(1)[0], budget=2000)
+    search, answer = Waterfill().search(of), None
+    while (query := next(search) if answer is None else search.send(answer)).kind != "probe":
+        answer = Answer.of(box(query.rows))
+    rows, half = query.rows.clone(), list(range(len(query.rows) // 2, len(query.rows)))
+    (knob,) = query.knobs
+    knob.value = float((rows - rows.mean(0)).flatten(1).norm(dim=1).mean())
+    assert query.redraw is not None
+    rows[half] = query.redraw(half)  # as a wrapper does with rows that were refused
+    labels = box(rows)
+    search.send(Answer.of(labels))
+    signs = 2 * labels.float() - 1
+    signs -= signs.mean()
+    noise = rows - rows.mean(0)
+    heard = Blocks((3, 16, 16), torch.device("cpu")).compose(told[0][None])[0]
+    for part in (slice(None, half[0]), slice(half[0], None)):
+        sent = torch.einsum("n,nchw->chw", signs[part], noise[part])
+        assert float((heard * sent).sum() / heard.norm() / sent.norm()) > 0.5
 
 
 @pytest.mark.parametrize("options", [{"n0": 0}, {"memory": -0.1}, {"memory": 1.5}])

@@ -322,6 +322,32 @@ def test_a_success_in_the_initial_design_ends_the_search_there(acquisition: Acqu
     assert result.stop_reasons == ["success"]
 
 
+@pytest.mark.parametrize("acquisition", ["ei", "random", "sobol"])
+@pytest.mark.parametrize("objective", ["label", "margin", "distance"])
+@pytest.mark.parametrize("when", [3, 12, 26])
+def test_one_success_of_a_stochastic_box_does_not_end_the_search(
+    acquisition: Acquisition, objective: Objective, when: int
+) -> None:
+    """In the initial design, on the staircase of bits, and later."""
+    attack = BayesSubspace(size=2, objective=objective, acquisition=acquisition)
+
+    def rows(lucky: int) -> Tensor:
+        number = 0
+
+        def answers(rows: Tensor) -> Answer:
+            nonlocal number
+            labels = (torch.arange(number, number + len(rows)) == lucky).long()
+            number += len(rows)
+            return Answer.of(labels, F.one_hot(labels, 2) * 0.8 + 0.1)
+
+        return asked(attack, answers, stochastic=True, budget=40)
+
+    found, unlucky = rows(when), rows(1000)
+    assert len(found) == len(unlucky) == 40
+    if acquisition == "ei" and objective != "distance":
+        assert not torch.equal(found, unlucky)  # the process was told
+
+
 def test_a_success_beyond_the_ball_does_not_end_the_search() -> None:
     image = grey()[0]
     model = Planted(image, 0.5, share=1.3)

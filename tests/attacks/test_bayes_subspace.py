@@ -404,6 +404,21 @@ def test_sobol_and_random_designs_come_from_the_image_s_own_stream() -> None:
         torch.testing.assert_close(first.norm(dim=1), torch.ones(8).double())
 
 
+@pytest.mark.parametrize("objective", ["label", "margin", "distance"])
+def test_an_image_of_one_value_has_two_directions(objective: Objective) -> None:
+    """Beside the best direction lies, at its own length, no direction at all."""
+
+    def answers(rows: Tensor) -> Answer:
+        share = rows.flatten(1) * 0.4
+        return Answer.of(torch.zeros(len(rows), dtype=torch.long), torch.cat([1 - share, share], dim=1))
+
+    of = task(torch.full((1, 1, 1), 0.5), epsilon=0.2, budget=40)
+    queries = drive(BayesSubspace(objective=objective).search(of), of, answers)[1]
+    rows = torch.cat([query.rows.flatten() for query in queries])
+    assert len(rows) == 40
+    assert ((rows - 0.5).abs() > 0.19).all()
+
+
 # Bad input.
 
 

@@ -40,7 +40,8 @@ Deviations from the paper beside the informative objectives:
   `pm` and `poi` ask for the best known point for ever, and lose to chance.
 - The value to improve on is the highest posterior mean at the points observed, where the paper takes the highest value
   observed: the same without noise, and no lucky draw of a stochastic model stands in the way of better points.
-- Every row that succeeds ends the attack, in the initial design too.
+- A row that succeeds ends the attack, in the initial design too. Where answers are stochastic it is no proof: the process is
+  told what it is told of any row, under `label` a first 0, and the search goes on.
 
 Query cost: `initial` + s rows after s steps; `distance` spends the first 15 steps on random directions to learn the scale of
 f. The controls: `initial` q rows after q queries. A step with n observations in d dimensions takes O(n^2 + n d) of our own
@@ -162,7 +163,7 @@ class BayesSubspace(Attack):
         while True:
             points = space.design(self.initial)
             answer = yield Query(space.rows(points, task.epsilon), "init")
-            if task.reached_any(answer):
+            if task.settled(answer):
                 return
             if self.acquisition not in ("random", "sobol"):
                 break
@@ -175,13 +176,13 @@ class BayesSubspace(Attack):
     def _by_value(
         self, task: Task, epsilon: float, space: SearchSpace, scored: bool, points: Tensor, answer: Answer
     ) -> Search:
-        """Search at radius epsilon by values of f: the margin of scores, or the paper's -1."""
+        """Search at radius epsilon by values of f: the margin of scores, or the paper's -1 and 0."""
         from .gaussian_process import Process
 
         process, fitted = Process(space.dim, mean=-1.0), 1
         while True:
-            values = (-losses(task, answer, "margin")).tolist() if scored else [-1.0] * len(points)
-            for point, value, status in zip(points, values, answer.status.tolist(), strict=True):
+            values = -losses(task, answer, "margin") if scored else task.reached(answer).float() - 1
+            for point, value, status in zip(points, values.tolist(), answer.status.tolist(), strict=True):
                 if status == ANSWERED:
                     process.tell(point, value)
             if len(process) >= GROWTH * fitted:
@@ -189,7 +190,7 @@ class BayesSubspace(Attack):
                 fitted = len(process)
             points = self._candidate(process, space)
             answer = yield Query(space.rows(points, epsilon), "step")
-            if task.reached_any(answer):
+            if task.settled(answer):
                 return
 
     def _by_side(self, task: Task, epsilon: float, space: SearchSpace) -> Search:
@@ -202,7 +203,7 @@ class BayesSubspace(Attack):
             points = space.design(1)
             answer = yield Query(space.rows(points, epsilon / threshold), "probe")
             above = task.reached_any(answer)
-            if above and threshold >= 1:
+            if threshold >= 1 and task.settled(answer):
                 return
             if not answer.status.any():
                 bits.append((points[0], threshold, above))
@@ -222,7 +223,7 @@ class BayesSubspace(Attack):
                 threshold = min(max(float(process.moments(points)[0]), least), 1.0)
             answer = yield Query(space.rows(points, epsilon / threshold), "step")
             above = task.reached_any(answer)
-            if above and threshold >= 1:
+            if threshold >= 1 and task.settled(answer):
                 return
             if not answer.status.any():
                 process.tell_side(points[0], threshold, above)

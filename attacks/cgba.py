@@ -25,7 +25,8 @@ Deviations from the paper's algorithm:
 - Where answers are stochastic, every iteration first asks x_b again and steps outward while it fails (`moves.hold`).
 - A one-sided estimate (all rows on one side of the boundary) is repeated up to twice at doubled or halved noise.
 
-The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again; the arc is not random.
+The knob `radius` is the l2 length of a row's noise in the estimates, whose rows can be drawn again; the arc is not random. A
+refused step of CGBA-H is asked again further along the arc.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ NOISE_LENGTH = 0.05
 """Length l2 of a row's noise over the current distance. Curved boundaries want it small: the noise has to see a flat piece."""
 LEVELS_OF_NOISE = 1.3
 """Least noise a pixel in grey levels: below one level, rounding hides it; far above, noise leaves the flat zone."""
+FURTHER, REFUSALS, LARGEST = 1.5, 5, math.radians(80)
+"""By how much the angle of a refused step of CGBA-H grows; refused rows, or an angle, after which it is not taken."""
 LARGE = 64
 """Images of at least this side are attacked in a subspace by default, as in the paper; small ones lose by it."""
 
@@ -148,16 +151,25 @@ class CGBAH(CGBA):
     def _approach(
         self, task: Task, point: Tensor, normal: Tensor, radius: float, tolerance: float
     ) -> Generator[Query, Answer, Tensor]:
-        """The next boundary point: on the line from the source to the first adversarial of the angles theta / 2^k."""
+        """The next boundary point: on the line from the source to the first adversarial of the angles theta / 2^k.
+
+        A refused step is asked again further out; where that does not help, it is not taken.
+        """
         arc = semicircle(task.image, point, normal)
         cosine = F.cosine_similarity((point - task.image).flatten(), normal.flatten(), dim=0)
         theta = math.acos(min(max(float(cosine), -1.0), 1.0))
+        factor, refused = 0.5, 0
         while radius * theta > tolerance:
-            theta /= 2
+            theta *= factor
             end = arc(theta)
             answer = yield Query(end, "step")
             if task.reached_any(answer):
                 return (yield from bisect_line(task, end, tolerance))
+            factor = 0.5
+            if answer.status.any():
+                factor, refused = FURTHER, refused + 1
+                if factor * theta > LARGEST or refused == REFUSALS:
+                    break
         return point
 
 

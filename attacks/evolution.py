@@ -98,7 +98,8 @@ class Evolution:
             weight = self._weight
         if self._base == "best":
             b, c = distinct_others(n, 2, self._generator)
-            return x[self.losses.argmin()] + weight * (x[b] - x[c])
+            best = x.index_select(0, self.losses.argmin()[None])  # an index would wait for the device
+            return best + weight * (x[b] - x[c])
         a, b, c = distinct_others(n, 3, self._generator)
         return x[a] + weight * (x[b] - x[c])
 

@@ -157,10 +157,11 @@ class _Ray:
     def hold(self) -> Generator[Query, Answer, None]:
         """Ask for the best point again where answers are stochastic; while it fails, stand further out."""
         if self._task.stochastic:
-            point = self.row(self.radius)
-            held = yield from hold(self._task, point)
-            near, far = (distance(x - self._task.image, "linf") for x in (point, held))
-            self.radius = min(self.radius * float(far / near), 1.0)
+            image, point = self._task.image, self.row(self.radius)
+            still = point.equal(image[None])  # rounded or clipped to the image: no way leads on from there
+            held = yield from hold(self._task, point, self.row(1.0) if still else None)
+            near, far = (distance(x - image, "linf") for x in (point, held))
+            self.radius = (float(far) or 1.0) if still else min(self.radius * float(far / near), 1.0)
 
     def _row(self, signs: Tensor, radius: float) -> Tensor:
         return on_levels(self._task, radius * signs, self._dither)[None]

@@ -10,7 +10,8 @@ A copy of a gate with a secret (`blacklight`, `qpa`) has another one. What it le
 The scale of each knob is the attack's own until the copy refuses most of what is drawn at it; then it climbs from the least
 that makes sense by half at each attempt until something passes, and then by exp(accept - share that passed), less where an
 attempt is of few draws.
-A row that the copy still refuses after `attempts` draws is sent as it is.
+A row that the copy still refuses after `attempts` draws is sent as it is. The copy remembers what is sent, such rows too; of
+rows that are of use only together it remembers none while one is refused.
 
 Query cost: that of the attack; the copy's answers are free. Threat model: the attacker knows which gate stands there, with its
 options, and its own queries; not the model. `oars:rehearsed:NAME` also draws again what the real gate refuses.
@@ -18,21 +19,25 @@ options, and its own queries; not the model. `oars:rehearsed:NAME` also draws ag
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustbox import registry
+from robustbox.defenses.gate import StatefulDefense
+from robustbox.defenses.histories import Histories
 from robustbox.distances import rounded
 from robustbox.errors import InputError
-from robustbox.protocol import ANSWERED, Answer, BlackBox, Defense, Knob, Query, Search, Task
+from robustbox.protocol import Answer, Knob, Query, Search, Task
 
 from .spacing import LEAST, MOST, moved
-from .wrapper import Wrapper, relayed, units, wrapped
+from .wrapper import Unit, Wrapper, relayed, units, wrapped
 
 CLIMB, MANY = 1.5, 4
 """By how much a scale grows at an attempt before anything passed at it; draws from which on a share is taken as it is."""
@@ -62,7 +67,7 @@ class Rehearsed(Wrapper):
     def check(self, task: Task) -> None:
         """Begin a copy, so that a gate that is unknown, or not for these images, is refused before a query is spent."""
         super().check(task)
-        Copy(self, task).refuses(task.image[None])
+        Copy(self, task).refused(task.image[None], [(0,)])
 
     def search(self, task: Task) -> Search:
         return relayed(self.inner().search(task), Copy(self, task).ask)
@@ -88,18 +93,22 @@ class _Scale:
 
 
 class Copy:
-    """The attacker's copy of a gate, with the history of one search: what was sent."""
+    """The attacker's copy of a gate.
+
+    Attributes:
+        history: of one search: what was sent, and what is about to be.
+    """
 
     def __init__(self, settings: Rehearsed, task: Task) -> None:
         recipe = registry.load("defenses", settings.gate)
-        try:
-            # What it refuses is not sent: nothing to remember, and no hit after which to forget.
-            defense: Defense = recipe(action="reject", store_rejected=False, reset_on_hit=False)
-        except TypeError:
-            raise InputError(f"rehearsed: {settings.gate} is no stateful gate") from None
-        seed = task.generator.initial_seed() ^ 4
-        self._box, self._settings, self._task = defense.wrap(_Silent(task.image.device), seed), settings, task
-        self._generator = torch.Generator(task.image.device).manual_seed(seed)
+        if not (isinstance(recipe, type) and issubclass(recipe, StatefulDefense)):
+            raise InputError(f"rehearsed: {settings.gate} is no stateful gate")
+        self._gate, self._settings, self._task = recipe(), settings, task
+        seed, device = task.generator.initial_seed() ^ 4, task.image.device
+        channels, height, width = task.image.shape
+        self._histories = Histories(self._gate, seed, device, (channels, height, width))
+        self.history = self._histories.of(0, task.image[None])
+        self._generator = torch.Generator(device).manual_seed(seed)
         self._scales: dict[Knob, _Scale] = {}
         root = task.image.numel() ** 0.5
         self._length = _Scale(LEAST * root / 8, MOST * root, settings.accept)  # of the noise that moves a row
@@ -119,22 +128,41 @@ class Copy:
         answer = yield Query(rows.clone(), query.kind, redraw, (), query.groups, query.account)
         return answer
 
-    def refuses(self, rows: Tensor) -> list[bool]:
-        """Whether the copy refuses each of the rows [n,C,H,W], one after the other; it remembers those that pass."""
-        status = self._box.answer(rounded(rows, self._task.levels), torch.zeros(len(rows), dtype=torch.long)).status
-        return (status != ANSWERED).tolist()
+    @torch.no_grad()
+    def refused(self, rows: Tensor, asked: list[Unit], sent: bool = False) -> list[Unit]:
+        """Those of some units of rows [n,C,H,W] of which the copy refuses a row, as they come one after the other.
+
+        It remembers the units that pass, and where they are `sent` the others too.
+        """
+        flat = [position for unit in asked for position in unit]
+        known = [self.history.secret] * len(flat)
+        prints = iter(self._gate.prints(rounded(rows[flat], self._task.levels), known))
+        return [unit for unit in asked if not self._takes([next(prints) for _ in unit], sent)]
+
+    def _takes(self, prints: list[Any], sent: bool) -> bool:
+        """Whether the copy lets all rows with these fingerprints pass; if so, or where they are `sent`, it remembers them."""
+        history, fine, before = self.history, True, None
+        for number, fingerprint in enumerate(prints, 1):
+            verdict = history.memory.judge(fingerprint)
+            fine &= not verdict.hit
+            if not (fine or sent):
+                history.memory = history.memory if before is None else before
+                return False
+            if number == 1 < len(prints) and not sent:
+                before = copy.deepcopy(history.memory)  # the next rows are judged by this one, which may not be sent
+            self._histories.store(history, fingerprint, verdict, None)
+        return fine
 
     def _settle(self, query: Query, rows: Tensor, positions: list[int]) -> None:
         """Draw or move rows [n,C,H,W] at these positions until the copy has let each pass, in place."""
         wanted = set(positions)
         waiting = [unit for unit in units(query) if wanted.issuperset(unit)]
         for attempt in range(self._settings.attempts + 1):
-            asked = [position for unit in waiting for position in unit]
-            refused = {p for p, hit in zip(asked, self.refuses(rows[asked]), strict=True) if hit}
-            left = [unit for unit in waiting if not refused.isdisjoint(unit)]
+            last = attempt == self._settings.attempts
+            left = self.refused(rows, waiting, sent=last)
             self._follow(query, len(waiting) - len(left), len(waiting), first=attempt == 0)
             waiting = left
-            if not waiting or attempt == self._settings.attempts:
+            if not waiting or last:
                 return
             again = [position for unit in waiting for position in unit]
             if query.redraw is not None:
@@ -162,18 +190,6 @@ class Copy:
                 scale.observe(passed, drawn)
                 knob.value = scale.value
                 return  # the next knob is turned where this one is of no use
-
-
-class _Silent(BlackBox):
-    """What stands behind the copy: answers class 0 to every row."""
-
-    name, classes, scores = "nothing", 1, "none"
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
-        return Answer.of(torch.zeros(len(rows), dtype=torch.long, device=rows.device))
 
 
 @cache

@@ -48,8 +48,11 @@ class SearchSpace:
             self._sobol = torch.quasirandom.SobolEngine(self.dim, scramble=True, seed=seed)
 
     def admit(self, vectors: Tensor) -> Tensor:
-        """The admissible directions, of length 1, that belong to any vectors [...,dim]."""
-        return F.normalize(_sign(vectors) if self.corners else vectors, dim=-1)
+        """The admissible directions, of length 1, that belong to any vectors [...,dim]; to 0, which in 1 dimension
+        is not rare, the diagonal.
+        """
+        some = torch.where(vectors.any(dim=-1, keepdim=True), vectors, 1.0)
+        return F.normalize(_sign(vectors) if self.corners else some, dim=-1)
 
     def design(self, n: int) -> Tensor:
         """The next n directions of the blind design: uniform in the cube, or a Sobol sequence there."""

@@ -32,7 +32,8 @@ def find_start(
     - the image under white noise of amplitude 1/8, 1/2, 2 and 8 a pixel, four times each, at the last of which nothing of it
       is left; untargeted nine times four more of these; targeted, before all noise, `WAVES` waves (`_waves`), ten at a time.
 
-    The successes of that stage are shortened towards the image together, four times, and the shortest is returned.
+    The successes of that stage are shortened towards the image together, four times, and the shortest is returned. A row that
+    is the image itself is none: of a black image, black, for which a stochastic black box may say so.
 
     Before all of them comes the row that was `brought`, which is returned as it is.
 
@@ -50,7 +51,10 @@ def find_start(
     for stage in _starts(task, patterns, 0 if again else rivals, plain=not again):
         reached = task.reached((yield stage.query("init")))
         if reached.any():
-            return (yield from _shortest(task, stage.rows[reached.to(stage.rows.device)]))
+            ends = stage.rows[reached.to(stage.rows.device)]
+            ends = ends[torch.linalg.vector_norm((ends - task.image).flatten(1), dim=1) > 0]
+            if len(ends):
+                return (yield from _shortest(task, ends))
     return None
 
 

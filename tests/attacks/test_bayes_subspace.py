@@ -322,6 +322,32 @@ def test_a_success_in_the_initial_design_ends_the_search_there(acquisition: Acqu
     assert result.stop_reasons == ["success"]
 
 
+@pytest.mark.parametrize("acquisition", ["ei", "random", "sobol"])
+@pytest.mark.parametrize("objective", ["label", "margin", "distance"])
+@pytest.mark.parametrize("when", [3, 12, 26])
+def test_one_success_of_a_stochastic_box_does_not_end_the_search(
+    acquisition: Acquisition, objective: Objective, when: int
+) -> None:
+    """In the initial design, on the staircase of bits, and later."""
+    attack = BayesSubspace(size=2, objective=objective, acquisition=acquisition)
+
+    def rows(lucky: int) -> Tensor:
+        number = 0
+
+        def answers(rows: Tensor) -> Answer:
+            nonlocal number
+            labels = (torch.arange(number, number + len(rows)) == lucky).long()
+            number += len(rows)
+            return Answer.of(labels, F.one_hot(labels, 2) * 0.8 + 0.1)
+
+        return asked(attack, answers, stochastic=True, budget=40)
+
+    found, unlucky = rows(when), rows(1000)
+    assert len(found) == len(unlucky) == 40
+    if acquisition == "ei" and objective != "distance":
+        assert not torch.equal(found, unlucky)  # the process was told
+
+
 def test_a_success_beyond_the_ball_does_not_end_the_search() -> None:
     image = grey()[0]
     model = Planted(image, 0.5, share=1.3)
@@ -376,6 +402,21 @@ def test_sobol_and_random_designs_come_from_the_image_s_own_stream() -> None:
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
         torch.testing.assert_close(first.norm(dim=1), torch.ones(8).double())
+
+
+@pytest.mark.parametrize("objective", ["label", "margin", "distance"])
+def test_an_image_of_one_value_has_two_directions(objective: Objective) -> None:
+    """Beside the best direction lies, at its own length, no direction at all."""
+
+    def answers(rows: Tensor) -> Answer:
+        share = rows.flatten(1) * 0.4
+        return Answer.of(torch.zeros(len(rows), dtype=torch.long), torch.cat([1 - share, share], dim=1))
+
+    of = task(torch.full((1, 1, 1), 0.5), epsilon=0.2, budget=40)
+    queries = drive(BayesSubspace(objective=objective).search(of), of, answers)[1]
+    rows = torch.cat([query.rows.flatten() for query in queries])
+    assert len(rows) == 40
+    assert ((rows - 0.5).abs() > 0.19).all()
 
 
 # Bad input.

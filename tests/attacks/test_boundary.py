@@ -174,6 +174,12 @@ def test_flat_images_and_constant_models(value: float, label: int) -> None:
     assert (nearest < 1e-3) if label else (of.remaining > 0)
 
 
+def test_an_image_of_one_value_has_no_way_across() -> None:
+    of = task(torch.zeros(1, 1, 1), budget=100)
+    _, queries = drive(Boundary().search(of), of, lambda rows: (rows.flatten() > 0.3).long())
+    assert min(float(query.rows.max()) for query in queries if query.rows.max() > 0.3) < 0.32
+
+
 def test_random_answers_neither_fail_nor_hang() -> None:
     coin = torch.Generator().manual_seed(0)
     of = task(torch.rand(3, 6, 6, generator=coin), budget=800, stochastic=True)

@@ -317,6 +317,36 @@ def test_a_gate_that_refuses_everything_but_the_clean_image(attack: type[CGBA]) 
     assert result.errors == [None]
 
 
+@pytest.mark.parametrize(
+    ("script", "angles"),
+    [
+        ("rr01", [0.25, 0.375, 0.5625, 0.28125]),
+        ("0r01", [0.25, 0.125, 0.1875, 0.09375]),
+        ("rrrrr", [0.25, 0.375, 0.5625, 0.84375, 1.265625]),
+        ("0r0r0r0r0r", [0.25, 0.125, 0.1875, 0.09375, 0.140625, 0.0703, 0.1055, 0.0527, 0.0791, 0.0396]),
+    ],
+)
+def test_a_refused_step_of_cgba_h_goes_further_and_a_failed_one_halves_the_angle(
+    script: str, angles: list[float]
+) -> None:
+    """In radians; the normal is half a radian off the way out. What is refused to the end is not taken."""
+    image, out, side = torch.full((3, 8, 8), 0.5), unit((3, 8, 8), 1), unit((3, 8, 8), 2)
+    side -= (side * out).sum() * out
+    normal = math.cos(0.5) * out + math.sin(0.5) * side / side.norm()
+    of, point, rest = task(image), (image + 0.3 * out)[None], iter(script)
+
+    def answers(rows: Tensor) -> Answer:
+        said = next(rest, "0")
+        return Answer(torch.tensor([int(said == "1")]), None, torch.tensor([REJECTED * (said == "r")]).byte())
+
+    end, queries = drive(CGBAH()._approach(of, point, normal[None], 0.3, 1e-3), of, answers)
+    steps = [query.rows for query in queries if query.kind == "step"]
+    asked = [math.asin(float(torch.dist(row, point)) / 0.3) for row in steps]
+    assert asked == pytest.approx(angles, rel=1e-2)
+    assert end is not None
+    assert torch.equal(end, steps[-1] if "1" in script else point)
+
+
 def test_a_one_sided_estimate_is_repeated_with_other_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     sigmas: list[float] = []
 

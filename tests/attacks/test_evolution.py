@@ -10,6 +10,7 @@ import torch
 from scipy.optimize import differential_evolution
 from scipy.stats import mannwhitneyu
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from robustbox.attacks.evolution import (
     Base,
@@ -65,6 +66,15 @@ def test_best1_children_are_the_formula_with_one_drawn_weight_a_generation() -> 
     x, best = evolution.population, evolution.losses.argmin()
     assert 0.5 <= weight < 1
     assert torch.allclose(evolution.ask(), x[best] + weight * (x[b] - x[c]), atol=1e-6)
+
+
+@pytest.mark.parametrize("base", ["rand", "best"])
+def test_a_generation_reads_nothing_from_its_device(base: Base) -> None:
+    """Tensors without values raise where one is asked for."""
+    with FakeTensorMode():
+        evolution = Evolution(uniform(8, 5), clip, generator(), base, weight=(0.5, 1.0), crossover=0.7)
+        for _ in range(3):
+            evolution.tell(evolution.ask().sum(dim=1))
 
 
 def test_crossover_takes_the_stated_share_of_genes_and_never_none() -> None:

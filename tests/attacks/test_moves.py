@@ -329,6 +329,24 @@ def test_start_is_found_where_only_heavy_noise_is_adversarial() -> None:
     assert start.std() > 0.47
 
 
+@pytest.mark.parametrize("others", [False, True])
+def test_the_image_itself_is_no_start(others: bool) -> None:
+    """A stochastic box that says yes to black once: alone, or with white and grey."""
+    of, queries = task(torch.zeros(1, 6, 6), stochastic=True), 0
+
+    def answers(rows: Tensor) -> Tensor:
+        nonlocal queries
+        queries += 1
+        flat = rows.flatten(1).amax(1) == rows.flatten(1).amin(1)
+        black = rows.flatten(1).amax(1) == 0
+        return ((flat if others else black) & (queries == 4) | (queries > 4)).long()
+
+    start, asked = drive(find_start(of), of, answers)
+    assert start is not None
+    assert torch.dist(start[0], of.image) > 0
+    assert [query.kind for query in asked[:6]] == ["init"] * 4 + (["line"] * 2 if others else ["init", "line"])
+
+
 def test_targeted_start_is_the_pool_image_with_the_shortest_line() -> None:
     """Ten images of the target class on their own rays; class 1 begins at a length of its own on each."""
     shape = (1, 8, 8)

@@ -240,6 +240,26 @@ def test_where_answers_are_stochastic_the_best_point_is_asked_again_before_each_
         assert float(distance(query.rows - of.image, "linf")) == pytest.approx(outward * far / held, rel=1e-2)
 
 
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_a_lucky_answer_to_the_image_itself_does_not_end_it(value: int) -> None:
+    """Rounded or clipped, a point of a ray may be the image: where it fails, the search stands further out."""
+    image, lucky = torch.full((3, 4, 4), value / 255), False
+    of = task(image, norm="linf", levels=256, budget=600, stochastic=True)
+
+    def answers(rows: Tensor) -> Tensor:
+        nonlocal lucky
+        far = (rows - image).flatten(1).abs().amax(1)
+        yes = far > 0.1 if lucky else far >= 0
+        lucky |= bool((far == 0).any())
+        return yes.long()
+
+    _, queries = drive(RayS().search(of), of, answers)
+    distances = [float(distance(query.rows - image, "linf")) for query in queries]
+    assert lucky
+    assert of.remaining == 0
+    assert 0.1 < max(distances[-5:]) < 0.15
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("levels", [None, 256])
 @pytest.mark.parametrize("answers", [never, always])

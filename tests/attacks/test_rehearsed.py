@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,47 +13,66 @@ from torch import Tensor
 from robustbox import registry, run_attack
 from robustbox.attacks.rehearsed import Copy, Rehearsed
 from robustbox.attacks.subspaces import enlarge
-from robustbox.attacks.wrapper import wrapped
+from robustbox.attacks.wrapper import relayed, wrapped
+from robustbox.defenses.gate import StatefulDefense
+from robustbox.defenses.memory import Memory, Verdict
 from robustbox.defenses.piha import PIHA
 from robustbox.errors import InputError
 from robustbox.inputs import resolve_attack
-from robustbox.protocol import REJECTED, Answer, BlackBox, Defense
+from robustbox.protocol import Answer, Query
 from tests.attacks.analytic import drive, task
 from tests.attacks.gates import Prober
 from tests.attacks.table import AWAY, Plane, images
 from tests.toys import HalfSpace
 
 
-class Apart(Defense):
+@dataclass(frozen=True, kw_only=True)
+class Apart(StatefulDefense):
     """A gate without a secret: refuses rows within `spacing` (l2) of an earlier one, forgets what it refused."""
 
-    name = "apart"
+    name: ClassVar[str] = "apart"
 
-    def __init__(self, spacing: float, **options: object) -> None:
-        self.spacing = spacing
+    store_rejected: bool = False
+    spacing: float = 0.3
 
-    def wrap(self, box: BlackBox, seed: int) -> BlackBox:
-        return _Apart(box, self.spacing)
+    def secret(self, shape: tuple[int, int, int], generator: torch.Generator) -> None:
+        """None."""
+
+    def prints(self, rows: Tensor, secrets: Sequence[None]) -> list[Tensor]:
+        return [*rows.clone()]
+
+    def memory(self, secret: None) -> Memory:
+        return Rows(self.spacing)
 
 
-class _Apart(BlackBox):
-    stateful = True
+@dataclass(frozen=True, kw_only=True)
+class Never(Apart):
+    """Takes all rows for one another."""
 
-    def __init__(self, inner: BlackBox, spacing: float) -> None:
-        self.inner: BlackBox = inner
-        self.classes, self.scores, self.device = inner.classes, inner.scores, inner.device
-        self._spacing, self._rows = spacing, dict[int, list[Tensor]]()
+    spacing: float = 100.0
 
-    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
-        assert self.inner is not None
-        answer = self.inner.answer(rows, accounts)
-        for i, (row, account) in enumerate(zip(rows, accounts.tolist(), strict=True)):
-            earlier = self._rows.setdefault(account, [])
-            if any(float(torch.dist(row, other)) < self._spacing for other in earlier):
-                answer.labels[i], answer.status[i] = -1, REJECTED
-            else:
-                earlier.append(row)
-        return answer
+
+class Rows(Memory):
+    """All rows, for their distances."""
+
+    nbytes = 0
+
+    def __init__(self, spacing: float) -> None:
+        self._spacing, self.rows = spacing, list[Tensor]()
+
+    def judge(self, print: Tensor) -> Verdict:
+        return Verdict(any(float(torch.dist(print, other)) < self._spacing for other in self.rows), -1)
+
+    def store(self, print: Tensor, verdict: Verdict) -> int:
+        self.rows.append(print)
+        return len(self.rows) - 1
+
+    def forget(self, before: int) -> None:
+        raise NotImplementedError
+
+    @property
+    def stored(self) -> int:
+        return len(self.rows)
 
 
 @pytest.fixture
@@ -60,7 +81,7 @@ def public(monkeypatch: pytest.MonkeyPatch) -> None:
     load = registry.load
 
     def found(kind: str, name: str) -> Any:
-        known = {"apart": lambda **options: Apart(0.3, **options), "never": lambda **_: Apart(100.0), "prober": Prober}
+        known = {"apart": Apart, "never": Never, "prober": Prober}
         return known[name] if name in known else load(kind, name)
 
     monkeypatch.setattr(registry, "load", found)
@@ -70,11 +91,11 @@ def public(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("levels", [None, 256])
 @pytest.mark.parametrize("name", ["hop-skip-jump", "cgba"])
 def test_a_gate_without_a_secret_refuses_nothing(name: str, levels: int | None) -> None:
-    plain = run_attack(Apart(0.3).wrap(Plane(), 0), images(2), [0, 0], name, budget=400, levels=levels)
+    plain = run_attack(Apart().wrap(Plane(), 0), images(2), [0, 0], name, budget=400, levels=levels)
     assert plain.rejected.min() > 100
     options = {"gate": "apart"}
     found = run_attack(
-        Apart(0.3).wrap(Plane(), 0),
+        Apart().wrap(Plane(), 0),
         images(2),
         [0, 0],
         f"rehearsed:{name}",
@@ -105,7 +126,7 @@ def test_rows_are_drawn_again_with_their_pair_and_told_as_they_were_sent() -> No
     """Prober checks that both of a pair are drawn; what it was told of must be what was sent."""
     told: list[tuple[Tensor, Answer]] = []
     attack = wrapped(Rehearsed, "rehearsed", "prober")(gate="apart", pairs=True, told=told, size=20)
-    of, sent, gate = task(images(1)[0], budget=201), list[Tensor](), Apart(0.3).wrap(Plane(), 0)
+    of, sent, gate = task(images(1)[0], budget=201), list[Tensor](), Apart().wrap(Plane(), 0)
 
     def answers(rows: Tensor) -> Tensor:
         answer = gate.answer(rows, torch.zeros(len(rows), dtype=torch.long))
@@ -140,7 +161,7 @@ def test_where_nothing_is_refused_it_is_the_attack() -> None:
 def test_company_changes_nothing() -> None:
     many, alone = (
         run_attack(
-            Apart(0.3).wrap(Plane(), 0),
+            Apart().wrap(Plane(), 0),
             part,
             [0] * len(part),
             "rehearsed:cgba",
@@ -160,17 +181,61 @@ def test_the_copy_of_a_silent_gate_tells() -> None:
     image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     copy = Copy(attack, task(image))
     same = image.expand(60, -1, -1, -1)
-    assert copy.refuses(same) == [False] * 50 + [True] * 10
+    assert copy.refused(same, [(i,) for i in range(60)]) == [(i,) for i in range(50, 60)]
 
 
 @pytest.mark.usefixtures("public")
 def test_what_the_copy_never_lets_pass_is_sent_as_it_is() -> None:
     """A gate that takes all rows for one another ends no search: they are paid, and refused."""
     options = {"gate": "never", "attempts": 3}
-    box = Apart(100.0).wrap(Plane(), 0)
+    box = Never().wrap(Plane(), 0)
     found = run_attack(box, images(1), [0], "rehearsed:random", budget=60, attack_options=options)
     assert found.queries[0] == 60
     assert found.rejected[0] >= 58
+
+
+@pytest.mark.usefixtures("public")
+@pytest.mark.parametrize("attempts", [1, 60])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_copy_remembers_what_was_sent_and_nothing_else(pairs: bool, attempts: int) -> None:
+    """Also what is sent though the copy refuses it."""
+    attack = wrapped(Rehearsed, "rehearsed", "prober")(gate="apart", pairs=pairs, size=20, attempts=attempts)
+    of, sent, hits = task(images(1)[0], budget=101), list[Tensor](), list[bool]()
+    copy = Copy(attack, of)
+
+    def answers(rows: Tensor) -> Tensor:
+        for row in rows:
+            hits.append(any(float(torch.dist(row, other)) < 0.3 for other in sent))
+            sent.append(row)
+        return torch.zeros(len(rows), dtype=torch.long)
+
+    drive(relayed(attack.inner().search(of), copy.ask), of, answers)
+    memory = copy.history.memory
+    assert isinstance(memory, Rows)
+    kept = memory.rows[: len(sent)]  # then the query that was cut
+    assert len(sent) == 101
+    assert {row.numpy().tobytes() for row in kept} == {row.numpy().tobytes() for row in sent}
+    assert any(hits) == (attempts == 1)
+
+
+@pytest.mark.usefixtures("public")
+def test_the_copy_remembers_no_half_of_a_pair_that_is_drawn_again() -> None:
+    """In the first pair the second row is refused for the first one, in the second for what was sent before."""
+    attack = resolve_attack("rehearsed:random", {"gate": "apart"})
+    assert isinstance(attack, Rehearsed)
+    image = images(1)[0]
+    copy, levels = Copy(attack, task(image)), iter(torch.linspace(0.6, 1, 8))
+    assert not copy.refused(image[None], [(0,)])
+
+    def redraw(positions: list[int]) -> Tensor:
+        return torch.stack([torch.full_like(image, float(next(levels))) for _ in positions])
+
+    black = torch.zeros_like(image)
+    rows = torch.stack([black, black + 0.01, black + 0.1, image + 0.001])
+    sent = next(copy.ask(Query(rows, "probe", redraw, groups=(0, 0, 1, 1)))).rows
+    memory = copy.history.memory
+    assert isinstance(memory, Rows)
+    assert torch.equal(torch.stack(memory.rows), torch.cat([image[None], sent]))
 
 
 @pytest.mark.parametrize(

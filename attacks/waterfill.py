@@ -27,9 +27,9 @@ Noise has the length 0.3 R, at least 1.3 grey levels a pixel where rows are roun
 and long noise forgives a coarse search. One-sided answers halve it, in linf they quarter it, as far as grey levels let them.
 
 In linf the arc's place is taken by x + clamp(x_b - x + a R n / mean |n|, -r, r) for the estimate n and r < R: the ball's corner
-where n is large, which is best on a plane; x_b - x where it is small, and its sign a guess, for there estimates before have left
-their traces. Noise is 0.15 R a pixel, with no direction left out; where few of its rows reach the goal it is made shorter, and a,
-at most 1, is halved where the path then fails, and grows by a half where one leads on. Grey levels are dithered (`levels.py`).
+where n is large, which is best on a plane; x_b - x where it is small, and its sign a guess, for there former estimates left
+their traces. Noise is 0.15 R a pixel, with no direction left out; where few of its rows reach the goal it is made shorter; and
+a, at most 1, is halved where the path then fails, and grows by half where one leads on. Grey levels are dithered (`levels.py`).
 
 Query cost of iteration t = 1, 2, ...: floor(n0 sqrt(t)) probes and about 8 rows of search; n0 is 20, in l2 towards a target 6.
 First comes the climb, about 35 rows for images of 8 pixels, 75 of 32 and 180 of 224 (where no pattern reaches the goal,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any, TextIO, get_args
 
 from rich.box import SIMPLE_HEAD
@@ -24,7 +25,7 @@ from robustbox.api import load_data, run_attack, worst_case
 from robustbox.boxes import as_black_box
 from robustbox.config import PROGRAM, AttackConfig, Command, parse
 from robustbox.errors import InputError, ModelError, StorageError
-from robustbox.folder import open_run
+from robustbox.folder import check_free, open_run
 from robustbox.loop import Progress
 from robustbox.results import AttackResult
 
@@ -64,6 +65,8 @@ def run(command: Command) -> None:
     images, labels = everything[:n], classes[:n]
     arguments = setting.arguments(config, box, everything, classes, n)
     if command.dry_run:
+        if config.out is not None:
+            check_free(Path(config.out), command.fresh)
         return show_worst_case(worst_case(box, images, labels, **arguments), Console(), _traffic(box.describe()))
     out = config.out or _new_folder(config)
     settled = replace(config, data=name, images=n)

@@ -27,7 +27,7 @@ from robustbox.auditing.plan import Plan
 from robustbox.auditing.run import Audit, AuditResult
 from robustbox.auditing.world import World
 from robustbox.cluster import Cluster
-from robustbox.errors import InputError
+from robustbox.errors import InputError, OneLineParser
 from robustbox.loop import Progress
 
 PROGRAM = "python -m robustbox.audit"
@@ -35,9 +35,8 @@ PROGRAM = "python -m robustbox.audit"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
     try:
-        result = run(arguments)
+        result = run(_parser().parse_args(argv))
     except InputError as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Audit defended models, as docs/audit.md describes.")
+    parser = OneLineParser(prog=PROGRAM, description="Audit defended models, as docs/audit.md describes.")
     parser.add_argument("file", type=Path, help="the audit, a YAML file")
     parser.add_argument(
         "--out", type=Path, help="the audit's folder, where it goes on if it was stopped; default: runs/NAME"

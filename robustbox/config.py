@@ -111,7 +111,7 @@ def parse(argv: Sequence[str]) -> Command:
     Raises:
         InputError: an unknown option or name (with the nearest ones), a value of the wrong type, a bad config file.
     """
-    words = [canonical(word) for word in argv]
+    words = _freed([canonical(word) for word in argv])
     factories = {kind: _factory(kind, name) for kind, name in _peek(words).items() if name is not None}
     parser = _parser(factories)
     words = spelled_out(words, _switches(factories))
@@ -203,17 +203,36 @@ def spelled_out(words: list[str], switches: set[str]) -> list[str]:
     return [f"{word}=true" if word in switches and after.startswith("--") else word for word, after in pairs]
 
 
-def _peek(words: list[str]) -> dict[str, str | None]:
-    """The attack, and the defense that takes options: these are part of the grammar."""
+def _freed(words: list[str]) -> list[str]:
+    """The words, with a config file as text without the options of an attack or defense in whose place another one is named."""
+    typed = _named(words)
+    path = typed.pop("config", None)
+    content = _read(path)
+    foreign = [
+        _OPTIONS[kind] for kind, name in typed.items() if name != str(content.get(kind)) and _OPTIONS[kind] in content
+    ]
+    if not foreign:
+        return words
+    text = yaml.safe_dump({key: value for key, value in content.items() if key not in foreign})
+    return [text if word == path else f"--config={text}" if word == f"--config={path}" else word for word in words]
+
+
+def _named(words: list[str]) -> dict[str, Any]:
+    """What was typed of those options that the grammar depends on."""
     peek = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
     )
     for name in ("attack", "defense", "config"):
         peek.add_argument(f"--{name}")
     try:
-        given = vars(peek.parse_known_args(words)[0])
+        return vars(peek.parse_known_args(words)[0])
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
+
+
+def _peek(words: list[str]) -> dict[str, str | None]:
+    """The attack, and the defense that takes options: these are part of the grammar."""
+    given = _named(words)
     chosen: dict[str, Any] = {"attack": AttackConfig.attack, "defense": None}
     chosen |= _read(given.pop("config", None)) | given
     attack = chosen["attack"]
@@ -224,7 +243,7 @@ def _read(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(path if "\n" in path else Path(path).read_text(encoding="utf-8"))  # or text (`_freed`)
     except OSError as error:
         raise InputError(f"the config file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

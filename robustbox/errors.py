@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -23,6 +25,13 @@ class StorageError(RuntimeError):
     """The run's folder can no longer be written to, as on a full disk. What is in its journal is safe, and the run goes on
     from there when the same command is given again.
     """
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser of words whose complaints are InputErrors, as all of bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help shows the options)")
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> InputError:

@@ -253,6 +253,23 @@ def _yaml(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
+def check_free(path: Path, fresh: bool = False) -> None:
+    """What `RunFolder` would refuse, as far as it shows without making anything.
+
+    Raises:
+        InputError: the folder holds a complete run or an audit, or it cannot be written to.
+    """
+    if (path / AUDIT).exists():
+        raise InputError(f"the output folder {path} holds an audit: choose another one")
+    if is_complete(path) and not fresh:
+        raise InputError(
+            f"the output folder {path} holds a complete run: choose another one, or start over with --fresh"
+        )
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"the output folder {path} cannot be written to")
+
+
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """A folder, made where there is none, for one process alone.

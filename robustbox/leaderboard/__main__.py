@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robustbox.errors import InputError, ModelError
+from robustbox.errors import InputError, ModelError, OneLineParser
 from robustbox.leaderboard.entries import build
 from robustbox.leaderboard.rebuild import cost
 from robustbox.leaderboard.schema import check_entry
@@ -28,9 +28,8 @@ PROGRAM = "python -m robustbox.leaderboard"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = _parser()
-    given = parser.parse_args(argv)
     try:
+        given = _parser().parse_args(argv)
         if given.verify is not None:
             return _verify(given.verify, [*given.runs, *([given.folder] if given.folder else [])])
         if not given.runs or given.out is None:
@@ -124,7 +123,7 @@ def _radii(given: Sequence[str]) -> dict[str, list[float]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=PROGRAM,
         description="Static pages of defended models, from runs, audits and certificates; or verify one row of them.",
     )

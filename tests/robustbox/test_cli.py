@@ -112,6 +112,43 @@ def test_a_run_can_be_run_again_from_its_folder(world: World) -> None:
     assert results("three")["images"] != results("one")["images"]
 
 
+def test_another_attack_or_defense_takes_the_place_of_a_configurations_with_its_options(world: World) -> None:
+    options = ["--attack", "cgba", "--attack.n0", "7", "--defense", "blacklight", "--defense.action", "silent"]
+    assert run(*options, "--budget", "20", "--out", "one") == 0
+    for words, attack, defenses in (
+        (["--attack", "surfree"], "surfree", ["blacklight"]),
+        (["--defense", "null"], "cgba", []),
+        (["--defense", "input-noise", "--attack", "cgba"], "cgba", ["input-noise"]),
+    ):
+        out = "-".join(["two", *words])
+        assert cli.main(["--config", "one/config.yaml", *words, "--out", out, "--quiet"]) == 0
+        document = results(out)
+        assert document["attack"]["name"] == attack
+        assert [recipe["name"] for recipe in document["defense"]] == defenses
+        if attack == "cgba":
+            assert document["attack"]["options"]["n0"] == 7
+        if defenses == ["blacklight"]:
+            assert document["defense"][0]["options"]["action"] == "silent"
+
+
+def test_a_dry_run_sees_where_the_run_would_be_written(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--out", "one") == 0
+    capsys.readouterr()
+    Path("file").touch()
+    Path("audit").mkdir()
+    (Path("audit") / "audit.yaml").touch()
+    for out, says in (
+        ("one", "holds a complete run"),
+        ("file/run", "cannot be written to"),
+        ("audit", "holds an audit"),
+    ):
+        assert run("--out", out, "--dry-run") == 2
+        assert says in capsys.readouterr().err
+    assert run("--out", "one", "--fresh", "--dry-run") == 0
+    assert run("--out", "new", "--dry-run") == 0
+    assert not Path("new").exists()
+
+
 def test_a_run_begins_from_the_adversarials_of_another(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     """By the images that they belong to: another number of them, another attack and another threat model."""
     assert run("--attack", "hop-skip-jump", "--budget", "60", "--out", "one", n=3) == 0

@@ -17,6 +17,7 @@ import pytest
 from robustbox.errors import InputError, ModelError, StorageError
 from robustbox.folder import read_run
 from tests.faults.victim import attack
+from tests.schema import without_times
 
 KILLS = 20
 
@@ -24,9 +25,7 @@ KILLS = 20
 def outcome(folder: Path) -> tuple[Any, bytes]:
     """What a run found, without when and how fast, and in how many sessions."""
     document, adversarials = read_run(folder)
-    for key in ("written", "seconds", "rows_per_second", "journal"):
-        del document[key]
-    return document, adversarials.numpy().tobytes()
+    return without_times(document), adversarials.numpy().tobytes()
 
 
 @pytest.fixture

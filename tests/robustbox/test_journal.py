@@ -27,6 +27,7 @@ from robustbox.folder import read_run
 from robustbox.journal import Journal
 from robustbox.journaled import digest, fingerprints, packed, unpacked
 from robustbox.protocol import Answer, Task
+from tests.schema import without_times
 from tests.toys import Failing, HalfSpace, Scripted, Search, Walk, images
 
 SHAPE = (3, 8, 8)
@@ -54,11 +55,7 @@ def attack_it(box: Any, out: Path | None, **changes: Any) -> Any:
 def outcome(folder: Path) -> tuple[dict[str, Any], bytes]:
     """What a run found, without when and how fast, and in how many sessions."""
     document, adversarials = read_run(folder)
-    for key in ("written", "seconds", "rows_per_second", "journal"):
-        del document[key]
-    for stage in document["pipeline"]:
-        stage.get("statistics", {}).pop("milliseconds_per_query", None)
-    return document, adversarials.numpy().tobytes()
+    return without_times(document), adversarials.numpy().tobytes()
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

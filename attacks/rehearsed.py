@@ -30,8 +30,6 @@ import torch
 from torch import Tensor
 
 from robustbox import registry
-from robustbox.defenses.gate import StatefulDefense
-from robustbox.defenses.histories import Histories
 from robustbox.distances import rounded
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, Knob, Query, Search, Task
@@ -101,12 +99,12 @@ class Copy:
 
     def __init__(self, settings: Rehearsed, task: Task) -> None:
         recipe = registry.load("defenses", settings.gate)
-        if not (isinstance(recipe, type) and issubclass(recipe, StatefulDefense)):
+        if not hasattr(recipe, "histories"):
             raise InputError(f"rehearsed: {settings.gate} is no stateful gate")
         self._gate, self._settings, self._task = recipe(), settings, task
         seed, device = task.generator.initial_seed() ^ 4, task.image.device
         channels, height, width = task.image.shape
-        self._histories = Histories(self._gate, seed, device, (channels, height, width))
+        self._histories = self._gate.histories(seed, device, (channels, height, width))
         self.history = self._histories.of(0, task.image[None])
         self._generator = torch.Generator(device).manual_seed(seed)
         self._scales: dict[Knob, _Scale] = {}

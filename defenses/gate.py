@@ -87,6 +87,10 @@ class StatefulDefense(Defense):
     def memory(self, secret: Any) -> Memory:
         """An empty memory."""
 
+    def histories(self, seed: int, device: torch.device, shape: Shape | None) -> Histories:
+        """What a gate of this kind remembers, without a model behind it: for a gate, or for who rehearses with a copy."""
+        return Histories(self, seed, device, shape)
+
     def wrap(self, box: BlackBox, seed: int) -> BlackBox:
         """The black box behind this gate. Its answers depend on its history.
 
@@ -123,7 +127,7 @@ class StatefulGate(BlackBox):
         self._books = Books()
         if inner.input_shape is not None:
             defense.check_shape(inner.input_shape)
-        self._histories = Histories(defense, seed, self.device, self.input_shape)
+        self._histories = defense.histories(seed, self.device, self.input_shape)
 
     @torch.no_grad()
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:

@@ -35,6 +35,15 @@ def test_a_run_writes_its_report(tmp_path: Path) -> None:
     assert len(re.findall(r"\bbroken [\d.]+ \d+ \d+ budget", text)) == 14
 
 
+def test_a_silent_gate_is_spoken_of(tmp_path: Path) -> None:
+    for action in ("silent", "reject"):
+        setting = {"defense": "blacklight", "defense_options": {"action": action}, "out": tmp_path / action}
+        result = run_attack(HalfSpace(), images(3), [0] * 3, "cgba", budget=60, **setting)  # type: ignore[arg-type]
+        assert sum(hits or 0 for hits in result.hits) > 0
+        told = "A gate took" in text_of((tmp_path / action / "report.html").read_text())
+        assert told == (action == "silent")
+
+
 def test_refusals_are_drawn_where_a_gate_refused(tmp_path: Path) -> None:
     result = run_attack(Gate(4), images(3), [0] * 3, Walk(), budget=30, out=tmp_path / "run")
     assert result.rejected.any()

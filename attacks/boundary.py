@@ -167,9 +167,8 @@ class _Walk:
         noise = torch.randn(n, ray.numel(), generator=self.task.generator, device=ray.device)
         noise -= torch.outer(noise @ ray / self.distance**2, ray)
         lengths = torch.linalg.vector_norm(noise, dim=1, keepdim=True)
-        noise *= (delta * self.distance) / lengths.clamp_min(
-            torch.finfo(noise.dtype).tiny
-        )  # 0 where an image is one value
+        lengths.clamp_min_(torch.finfo(noise.dtype).tiny)  # 0 where an image is one value
+        noise *= (delta * self.distance) / lengths
         return noise.add_(ray).div_(math.sqrt(1 + delta**2)).view(-1, *self.task.image.shape)
 
     def _clipped(self, deltas: Tensor) -> Tensor:

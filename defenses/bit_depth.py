@@ -48,6 +48,6 @@ class Rounded(Transformed):
         super().__init__(inner, recipe)
         self._levels = 2**recipe.bits - 1
 
-    def transform(self, rows: Tensor, accounts: Tensor) -> Tensor:
+    def transform(self, rows: Tensor) -> Tensor:
         """Rows [n,C,H,W] rounded to the levels."""
         return rows.mul(self._levels).round_().div_(self._levels)

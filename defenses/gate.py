@@ -188,7 +188,7 @@ class StatefulGate(BlackBox):
         decisions = []
         for position, standing in enumerate(standings):
             account = senders[position]
-            decision = self._books.taken_up(account, rows[position])
+            decision = self._books.taken_up(account, rows, position)
             if decision is None:
                 standing.rows += 1
                 if standing.banned:  # perhaps by a row before it in this pass

@@ -14,7 +14,7 @@ from robustbox.errors import InputError
 from robustbox.identity import stream
 from robustbox.protocol import Answer, BlackBox, Defense
 
-from .transforms import Transformed
+from .transforms import Outer
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class InputNoise(Defense):
         return NoisyInputs(box, self, seed)
 
 
-class NoisyInputs(Transformed):
+class NoisyInputs(Outer):
     """A black box behind `InputNoise`.
 
     Each account draws from a stream of its own, seeded by (seed, account), row after row: what it is answered depends
@@ -62,7 +62,7 @@ class NoisyInputs(Transformed):
 
     def __init__(self, inner: BlackBox, noise: InputNoise, seed: int) -> None:
         super().__init__(inner, noise)
-        self.stochastic = True
+        self.stochastic, self.levels = True, None
         self._noise, self._seed = noise, seed
         self._streams: dict[int, torch.Generator | int] = {}  # a number: how many values an account's only row took
         self._unheard: dict[int, deque[Tensor]] = {}
@@ -71,19 +71,12 @@ class NoisyInputs(Transformed):
         """Answer rows float32 [n,C,H,W] in [0, 1], each with noise drawn for it alone."""
         noise = self._drawn(rows, accounts.tolist())
         try:
-            return self._show(self._noisy(rows, noise), accounts)
+            noisy = torch.add(rows, noise, alpha=self._noise.sigma)
+            return self._show(noisy.clamp_(0, 1) if self._noise.clip else noisy, accounts)
         except BaseException:
             for row, account in reversed([*zip(noise, accounts.tolist(), strict=True)]):
                 self._unheard.setdefault(account, deque()).appendleft(row)
             raise
-
-    def transform(self, rows: Tensor, accounts: Tensor) -> Tensor:
-        """Rows [n,C,H,W], each with noise drawn for it alone."""
-        return self._noisy(rows, self._drawn(rows, accounts.tolist()))
-
-    def _noisy(self, rows: Tensor, noise: Tensor) -> Tensor:
-        noisy = torch.add(rows, noise, alpha=self._noise.sigma)
-        return noisy.clamp_(0, 1) if self._noise.clip else noisy
 
     def _drawn(self, rows: Tensor, accounts: list[int]) -> Tensor:
         """Unit noise like rows [n,C,H,W]."""

@@ -54,7 +54,7 @@ class Compressed(Transformed):
         super().__init__(inner, recipe)
         self._quality = recipe.quality
 
-    def transform(self, rows: Tensor, accounts: Tensor) -> Tensor:
+    def transform(self, rows: Tensor) -> Tensor:
         """Rows [n,C,H,W] as a client would get them back; on the host."""
         pixels = rows.mul(255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         back = np.stack([self._through(image) for image in pixels])

@@ -52,7 +52,7 @@ class Smoothed(Transformed):
         super().__init__(inner, recipe)
         self._size = recipe.size
 
-    def transform(self, rows: Tensor, accounts: Tensor) -> Tensor:
+    def transform(self, rows: Tensor) -> Tensor:
         """The medians of rows [n,C,H,W], channel by channel."""
         k = self._size
         for dim in (2, 3):

@@ -60,13 +60,13 @@ class Books:
             if account >= 0:  # what waits already comes after these
                 self._unanswered.setdefault(account, deque()).appendleft((sha256(row), decision))
 
-    def taken_up(self, account: int, row: Tensor) -> Decision | None:
-        """What was put by about a row [C,H,W] that an account sends again; what it sends instead ends the waiting."""
+    def taken_up(self, account: int, rows: Tensor, position: int) -> Decision | None:
+        """What was put by about the row at a position of [n,C,H,W] that an account sends again; other rows end the waiting."""
         waiting = self._unanswered.get(account)
         if waiting is None:
             return None
         known, decision = waiting.popleft()
-        same = known == sha256(row)
+        same = known == sha256(rows[position])
         if not same or not waiting:
             del self._unanswered[account]
         return decision if same else None

@@ -29,6 +29,11 @@ class Outer(BlackBox):
         self.classes, self.scores = self.inner.classes, self.inner.scores
         return answer
 
+    def _show(self, rows: Tensor, accounts: Tensor) -> Answer:
+        """What the black box behind answers to rows other than those that were sent, put on its grid where it has one."""
+        levels = self.inner.levels
+        return self._inner_answer(rows if levels is None else rounded(rows.clamp(0, 1), levels), accounts)
+
     def _needs_scores(self) -> None:
         if self.scores == "none":
             raise InputError(f"{self._recipe.name} works on scores, and {self.inner.name} answers labels only")
@@ -55,12 +60,8 @@ class Transformed(Outer):
 
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
         """Answer rows float32 [n,C,H,W] in [0, 1] as the black box behind answers what becomes of them."""
-        return self._show(self.transform(rows, accounts), accounts)
-
-    def _show(self, rows: Tensor, accounts: Tensor) -> Answer:
-        levels = self.inner.levels
-        return self._inner_answer(rows if levels is None else rounded(rows.clamp(0, 1), levels), accounts)
+        return self._show(self.transform(rows), accounts)
 
     @abstractmethod
-    def transform(self, rows: Tensor, accounts: Tensor) -> Tensor:
-        """What becomes of rows [n,C,H,W] that accounts [n] send, each by itself."""
+    def transform(self, rows: Tensor) -> Tensor:
+        """What becomes of rows [n,C,H,W], each by itself."""

@@ -93,7 +93,7 @@ class Guarded(Transformed):
         self._guard = guard
 
     @torch.no_grad()
-    def transform(self, rows: Tensor, accounts: Tensor) -> Tensor:
+    def transform(self, rows: Tensor) -> Tensor:
         """What the networks make of rows [n,C,H,W]."""
         made: Tensor = self._guard(rows)
         return made

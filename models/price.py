@@ -36,9 +36,8 @@ class Purse:
         self._reserved = 0
         self._run, self._known = "", 0  # the key of the run, and how many rows of it this process bought before
         self._bought: Counter[str] = Counter()  # by this process, for each run
-        self._elsewhere = self._twice = (
-            0  # bought by other processes; counted twice, as they were sent again under one key
-        )
+        self._elsewhere = 0  # bought by other processes
+        self._twice = 0  # counted twice, as they were sent again under one key
         self._lock = Lock()
         if file is not None:
             self._open(file)

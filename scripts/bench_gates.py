@@ -331,7 +331,7 @@ def edits() -> dict[str, Callable[[Tensor], Tensor]]:
         def through(rows: Tensor) -> Tensor:
             box = JPEG(quality).wrap(Free(), 0)
             assert isinstance(box, Transformed)
-            return box.transform(rows, torch.zeros(len(rows), dtype=torch.long))
+            return box.transform(rows)
 
         return through
 

@@ -28,7 +28,7 @@ class Contents:
 
     def __init__(self, spec: AuditSpec, world: World) -> None:
         self._spec, self._world = spec, world
-        self._hashes: dict[str, list[str]] = {}
+        self._known: dict[str, list[tuple[str, int]]] = {}
 
     def changed(self, system: System, recipes: Sequence[Defense], document: Document) -> str | None:
         """What is other than it was when a cell was run or certificates were made, in words; None where nothing is.
@@ -41,33 +41,25 @@ class Contents:
             return f"{system.model.name} has other weights"
         if not _fits(document["defense"], finite(record_of(recipes))):
             return f"{system.defense.name} has other options or another file"
-        labels = images_of(system.model, self._spec, self._world)[2].tolist()
-        now = [*zip(self._images(system), labels, strict=True)]
-        if [(image["sha256"], image["label"]) for image in document["images"]] != now:
+        if [(image["sha256"], image["label"]) for image in document["images"]] != self._images(system):
             return f"{system.model.name} is attacked on other images or labels"
         return None
 
     def digest(self, system: System, *more: object) -> str:
         """Eight digits that change with whatever is asked of a defended model; `more` are plain JSON values."""
-        labels = images_of(system.model, self._spec, self._world)[2].tolist()
-        what = [
-            self._weights(system),
-            record_of(system.recipes()),
-            self._images(system),
-            labels,
-            self._spec.seed,
-            *more,
-        ]
+        what = [self._weights(system), record_of(system.recipes()), self._images(system), self._spec.seed, *more]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
     def _weights(self, system: System) -> Any:
         return self._world.box(system.model.model, self._spec.device).describe().get("weights_sha256")
 
-    def _images(self, system: System) -> list[str]:
+    def _images(self, system: System) -> list[tuple[str, int]]:
+        """The hash and the label of each image, taken once for each model."""
         name = system.model.name
-        if name not in self._hashes:
-            self._hashes[name] = [sha256(image) for image in images_of(system.model, self._spec, self._world)[1]]
-        return self._hashes[name]
+        if name not in self._known:
+            _, images, labels = images_of(system.model, self._spec, self._world)
+            self._known[name] = [*zip(map(sha256, images), labels.tolist(), strict=True)]
+        return self._known[name]
 
 
 def _fits(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> bool:

@@ -26,7 +26,7 @@ from .loading import load
 from .looks import look_once, plain_json, read_lost
 from .page import write_audit_page
 from .plan import Plan, System, make_plan
-from .preflight import most
+from .preflight import Subject, most
 from .spec import AuditSpec
 from .summary import cell_summary, row_summary
 from .systems import benign_of, sees, subject_of, system_summary
@@ -100,6 +100,7 @@ class Audit:
         self.folder = Path(out) if out is not None else Path("runs") / spec.name
         self.plan: Plan = make_plan(spec, world, self.folder)
         self.contents = Contents(spec, world)
+        self._subjects: dict[str, Subject] = {}
         self._digests: dict[str, str] = {}
         self.certifications = list(certifications(spec, self.plan.systems, world, self.folder))
         self.seen: dict[str, dict[str, Any]] = {}
@@ -135,16 +136,22 @@ class Audit:
         due = [each for each in self.certifications if everything or each.document() is None]
         certified = {each.system.id: each.rows for each in due}
         looked = {
-            system.id: most(subject_of(system, self.spec, self.world), self.spec.preflight)
+            system.id: most(self._subject(system), self.spec.preflight)
             for system in self.plan.systems
             if everything or not self._look(system).exists()
         }
         return estimate(self.spec, self.plan, self.seen, looked, certified, everything)
 
+    def _subject(self, system: System) -> Subject:
+        """A defended model as it is looked at; its images are checked once."""
+        if system.id not in self._subjects:
+            self._subjects[system.id] = subject_of(system, self.spec, self.world)
+        return self._subjects[system.id]
+
     def _look(self, system: System) -> Path:
         """Where it stands what the pre-flight saw of a defended model; elsewhere, where anything about it is another."""
         if system.id not in self._digests:
-            subject, entry = subject_of(system, self.spec, self.world), self.spec.preflight
+            subject, entry = self._subject(system), self.spec.preflight
             natural = [sha256(image) for image in subject.natural[: entry.benign]]
             self._digests[system.id] = self.contents.digest(system, asdict(entry), subject.levels, natural)
         return self.folder / "preflight" / f"{system.id}.{self._digests[system.id]}.json"
@@ -158,8 +165,7 @@ class Audit:
         for system in self.plan.systems:
             if note is not None:
                 note(system)
-            subject = subject_of(system, self.spec, self.world)
-            seen = look_once(self._look(system), self._lost(system), subject, self.spec.preflight)
+            seen = look_once(self._look(system), self._lost(system), self._subject(system), self.spec.preflight)
             self.seen[system.id] = seen
             if seen["benign"] is not None:
                 path = self.folder / "benign" / f"{system.id}.json"

@@ -11,6 +11,8 @@ from robustbox.distances import rounded
 from robustbox.errors import InputError
 from robustbox.protocol import Task
 
+from .levels import on_levels
+
 PASSES = 4
 """Times that a rounded row is shortened by what it is too long; what is left over is rounded towards the image."""
 RESERVE = 0.995
@@ -53,14 +55,17 @@ def shorten(task: Task, deltas: Tensor) -> Tensor:
     return deltas * _shorter(deltas, task.epsilon)
 
 
-def fit(task: Task, deltas: Tensor) -> Tensor:
+def fit(task: Task, deltas: Tensor, thresholds: Tensor | None = None) -> Tensor:
     """Rows [n,C,H,W] in the box: the image moved by deltas [n,C,H,W], which are shortened where they leave the ball.
 
     Where the threat model rounds rows and the ball is l2, they come rounded, and shorter by what rounding added.
+
+    Args:
+        thresholds: of `on_levels`: rows are dithered, so that what is less than half a grey level shows.
     """
     image, epsilon = task.image, task.epsilon
     deltas = shorten(task, deltas)
-    rows = (image + deltas).clamp_(0, 1)
+    rows = on_levels(task, deltas, thresholds)
     if not task.levels or epsilon is None or task.norm != "l2":
         return rows
     steps = task.levels - 1
@@ -70,7 +75,7 @@ def fit(task: Task, deltas: Tensor) -> Tensor:
         if bool((shorter == 1).all()):
             return sent
         deltas = deltas * torch.where(shorter < 1, shorter * RESERVE, shorter)
-        rows = (image + deltas).clamp_(0, 1)
+        rows = on_levels(task, deltas, thresholds)
     inwards = (deltas.abs() * steps + SLACK).floor_().div_(steps) * deltas.sign()
     return torch.where(shorter < 1, (image + inwards).clamp_(0, 1), sent)
 

@@ -27,6 +27,8 @@ Deviations from the paper, beside starting over:
 - The loss is the margin, which still tells rows apart where the probability rounds to 1; `loss=probability` is the paper's.
 - Once all of Q was used, it is shuffled and used again; directions that are taken twice end the guarantee.
 - A first sign that changes nothing, because it leads out of the box or the ball, is not asked.
+- In the basis dct, rows that are rounded to grey levels are dithered (`levels.on_levels`) once a step's wave is less than a level
+  high: after two halvings at 32 x 32, where rounding would hide that one row differs from the next.
 - Where answers are stochastic, a success counts as one when the point succeeds again.
 """
 
@@ -45,6 +47,7 @@ from robustbox.protocol import Attack, Knob, Norm, Search, Task
 
 from .balls import check_visible, fit, shorten
 from .climb import Climb
+from .levels import dither
 from .losses import Loss, check_loss
 from .subspaces import dct_matrix
 
@@ -99,15 +102,21 @@ class SimBA(Attack):
         knob = Knob("step", 0.01, most, lambda value, n: torch.cat([aside(value) for _ in range(n)]))
         climb = Climb(task, self.loss, (knob,))
         directions, step = Directions(task, self.basis, self.factor), self.step
+        thresholds, crest = dither(task) if self.basis == "dct" else None, 2 / math.sqrt(task.image[0].numel())
+
+        def sent(deltas: Tensor) -> Tensor:
+            shown = not task.levels or crest * (knob.value or step) * (task.levels - 1) >= 1
+            return fit(task, deltas, None if shown else thresholds)
+
         delta = candidate = direction = torch.zeros_like(task.image)[None]
 
         def aside(length: float) -> Tensor:
-            return fit(task, delta + length * directions.another())
+            return sent(delta + length * directions.another())
 
         def along(sign: int) -> Tensor:
             nonlocal candidate
             candidate = shorten(task, delta + sign * (knob.value or step) * direction)
-            return fit(task, candidate)
+            return sent(candidate)
 
         def onward() -> Tensor:
             nonlocal direction

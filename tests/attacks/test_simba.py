@@ -121,6 +121,20 @@ def test_without_epsilon_it_ends_where_steps_become_invisible(levels: int | None
     assert of.remaining > 0
 
 
+@pytest.mark.parametrize("epsilon", [None, 0.5])
+@pytest.mark.parametrize(("side", "step"), [(32, 0.02), (96, 0.05)])
+def test_waves_lower_than_half_a_grey_level_show(side: int, step: float, epsilon: float | None) -> None:
+    image = (grey((1, side, side)) * 255).round() / 255
+    of = task(image, "l2", epsilon=epsilon, budget=60, levels=256)
+    box = Script([1 - k / 100 for k in range(60)])  # every step is taken
+    asked(SimBA(step=step), of, box)
+    rows = (torch.stack(box.asked) * 255).round() / 255
+    assert len(rows.flatten(1).unique(dim=0)) == 60
+    far = distance(rows - image, "l2")
+    assert far[1] <= 2 * math.sqrt(step / 255 * side)  # values that change by a level, as many as the wave is long
+    assert epsilon is None or far.max() <= epsilon
+
+
 @BASES
 def test_the_second_sign_is_asked_only_where_the_first_fails(basis: Any) -> None:
     image = grey()

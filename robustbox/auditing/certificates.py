@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustbox.certify import CERTIFIED, CertifyConfig
+from robustbox.certify import CERTIFIED, CertifyConfig, asked
 from robustbox.certify import run as certify
 from robustbox.errors import InputError, ModelError
 from robustbox.inputs import resolve_defenses
@@ -45,6 +45,11 @@ class Certification:
         """What `certified.json` holds; None where it is not done."""
         path = self.folder / CERTIFIED
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def ledger(self) -> dict[str, int]:
+        """Rows by ledger that it asked so far, done or not."""
+        done = self.document()
+        return {"certify": asked(self.folder)} if done is None else dict(done["summary"]["ledger"])
 
     def run(self) -> str | None:
         """Certify; what goes wrong is returned, as one that fails is not the end of the audit."""

@@ -23,7 +23,7 @@ from .contents import Contents
 from .estimate import Estimate, estimate
 from .junit import write_junit
 from .loading import load
-from .looks import look_once, plain_json, read_lost
+from .looks import look_once, plain_json, read_asked
 from .page import write_audit_page
 from .plan import Plan, System, make_plan
 from .preflight import Subject, most
@@ -156,16 +156,16 @@ class Audit:
             self._digests[system.id] = self.contents.digest(system, asdict(entry), subject.levels, natural)
         return self.folder / "preflight" / f"{system.id}.{self._digests[system.id]}.json"
 
-    def _lost(self, system: System) -> Path:
-        """Where rows are counted of looks at a defended model that did not come to their end."""
-        return self.folder / "preflight" / f"{system.id}.lost.json"
+    def _asked(self, system: System) -> Path:
+        """Where the rows are counted of all looks at a defended model."""
+        return self.folder / "preflight" / f"{system.id}.rows.json"
 
     def preflight(self, note: Callable[[System], None] | None = None) -> None:
         """Look at every defended model that was not looked at before, and take out the cells that cannot be run on it."""
         for system in self.plan.systems:
             if note is not None:
                 note(system)
-            seen = look_once(self._look(system), self._lost(system), self._subject(system), self.spec.preflight)
+            seen = look_once(self._look(system), self._asked(system), self._subject(system), self.spec.preflight)
             self.seen[system.id] = seen
             if seen["benign"] is not None:
                 path = self.folder / "benign" / f"{system.id}.json"
@@ -215,10 +215,9 @@ class Audit:
         excluded = [each.cell for each in self.plan.excluded]
         found = verdicts(self.spec.thresholds, cells, documents, summaries, systems, excluded)
         device = torch.device("cuda" if torch.cuda.is_available() and self.spec.device == "auto" else "cpu")
-        ledgers = [seen["rows"] for seen in self.seen.values() if seen["error"] is None]
-        ledgers += [read_lost(self._lost(system)) for system in self.plan.systems]
+        ledgers = [read_asked(self._asked(s)) or self.seen[s.id]["rows"] for s in self.plan.systems]
         ledgers += [cell["rows"] or {} for cell in summaries.values()]
-        ledgers += [its["summary"]["ledger"] for its in certified.values()]
+        ledgers += [each.ledger() for each in self.certifications]
         document = {
             "schema": SCHEMA,
             "name": self.spec.name,

@@ -28,7 +28,8 @@ from robustbox.auditing.run import Audit
 from robustbox.auditing.world import World
 from robustbox.defense_file import write_defense
 from robustbox.defenses.bit_depth import BitDepth
-from robustbox.errors import InputError
+from robustbox.errors import InputError, ModelError
+from robustbox.oracle import Oracle
 from robustbox.protocol import Answer
 from tests.schema import check_document
 from tests.toys import Failing, HalfSpace, images
@@ -148,8 +149,8 @@ def test_rows_of_a_look_that_was_stopped_stay_counted(end: type[BaseException], 
         box.after = box.rows + more
         with contextlib.suppress(KeyboardInterrupt, torch.OutOfMemoryError):
             assert audit(tmp_path, {"spy": box})["rows_asked"] == box.rows  # a look that fails is no end
-    (lost,) = (tmp_path / "out" / "preflight").iterdir()
-    assert json.loads(lost.read_text()) == {"verify": box.rows}
+    (asked,) = (tmp_path / "out" / "preflight").iterdir()
+    assert json.loads(asked.read_text()) == {"verify": box.rows}
     box.on = False
     for _ in range(2):
         document = audit(tmp_path, {"spy": box})
@@ -196,7 +197,10 @@ def test_what_changed_is_looked_at_again(tmp_path: Path) -> None:
         written = json.loads((tmp_path / "out" / "benign" / "spy.blacklight.json").read_text())
         assert written["defense"][0]["options"]["threshold"] == options["threshold"]
         assert written["refused"] == document["systems"][0]["benign"]["refused"]
-        return len([*(tmp_path / "out" / "preflight").iterdir()]), written["refused"]
+        looks = [json.loads(path.read_text()) for path in tmp_path.glob("out/preflight/spy.blacklight.????????.json")]
+        asked = json.loads((tmp_path / "out" / "preflight" / "spy.blacklight.rows.json").read_text())
+        assert asked == {"verify": sum(seen["rows"]["verify"] for seen in looks)}  # of all of them
+        return len(looks), written["refused"]
 
     assert look(threshold=50) == (1, 0)
     assert look(threshold=1) == (2, 7)  # all but the first: windows of one value are in every image
@@ -499,6 +503,24 @@ def test_certificates_are_counted_and_bounded(tmp_path: Path) -> None:
     before = timeless(document)
     assert main([written(tmp_path, **spec), "--out", str(tmp_path / "out")]) == 1
     assert timeless(json.loads((tmp_path / "out" / "audit.json").read_text())) == before
+
+
+def test_rows_of_certificates_that_failed_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, real = [0], Oracle.ask
+
+    def failing(self: Oracle, rows: torch.Tensor, *rest: Any) -> Answer:
+        asked[0] += len(rows)
+        answer = real(self, rows, *rest)
+        if self.ledger["certify"] > 20:
+            raise ModelError("the service is down")
+        return answer
+
+    monkeypatch.setattr(Oracle, "ask", failing)
+    spec: dict[str, Any] = {"attacks": ["square"], "certify": [{"sigma": 0.1, "n0": 10, "n": 20}]}
+    assert main([written(tmp_path, **spec), "--quiet", "--out", str(tmp_path / "out")]) == 0
+    document = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert document["systems"][0]["certified"] is None
+    assert document["rows_asked"] == asked[0]
 
 
 def test_a_smoothed_model_is_certified_as_it_is(tmp_path: Path) -> None:

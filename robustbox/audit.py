@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> AuditResult | None:
     """Audit as the command line says; None after a dry run."""
     console = Console(quiet=arguments.quiet, width=None if sys.stdout.isatty() else 120)
     audit = Audit(load(arguments.file), arguments.out, World())
+    if arguments.dry_run:
+        audit.check_folder()
     show_plan(audit.plan, console)
     show_estimate(audit.estimate(), console)
     if arguments.dry_run:

@@ -14,7 +14,7 @@ import yaml
 
 from robustbox.environment import environment
 from robustbox.errors import InputError
-from robustbox.folder import AUDIT, CONFIG, JOURNAL, RESULTS, finite, locked, replace_file
+from robustbox.folder import AUDIT, finite, locked, replace_file
 from robustbox.identity import sha256
 
 from .cells import Cell, Executor, Outcome, Watch, in_turn, read_cell, read_failure, run_cell
@@ -25,6 +25,7 @@ from .junit import write_junit
 from .loading import load
 from .looks import look_once, plain_json, read_asked
 from .page import write_audit_page
+from .place import check_no_run, check_place
 from .plan import Plan, System, make_plan
 from .preflight import Subject, most
 from .spec import AuditSpec
@@ -105,9 +106,17 @@ class Audit:
         self.certifications = list(certifications(spec, self.plan.systems, world, self.folder))
         self.seen: dict[str, dict[str, Any]] = {}
 
+    def check_folder(self) -> None:
+        """Check the folder that the audit would be written to; nothing is made.
+
+        Raises:
+            InputError: what entering would refuse.
+        """
+        check_place(self.folder)
+        self._check_contents()
+
     def __enter__(self) -> Audit:
-        if any((self.folder / name).exists() for name in (CONFIG, JOURNAL, RESULTS)):
-            raise InputError(f"the audit's folder {self.folder} holds a run: choose another one")
+        check_no_run(self.folder)
         self._held = ExitStack()
         self._held.enter_context(locked(self.folder, "audit"))
         self._check_contents()

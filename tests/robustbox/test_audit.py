@@ -462,6 +462,35 @@ def test_exit_codes_say_whether_thresholds_hold(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_dry_run_refuses_the_folders_that_the_audit_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gate, done, run, file = (tmp_path / name for name in ("own.safetensors", "done", "run", "file"))
+    write_defense(gate, BitDepth(bits=7), {})
+    words = [written(tmp_path, attacks=["square"], budgets=[20], defenses=[{"defense": str(gate), "name": "own"}])]
+    assert main([*words, "--quiet", "--out", str(done)]) == 0
+    assert main([*words, "--dry-run", "--out", str(done)]) == 0
+    run.mkdir()
+    (run / "config.yaml").touch()
+    file.touch()
+    write_defense(gate, BitDepth(bits=2), {})  # what stands in `done` is about another defense now
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for folder, says in (
+        (file, "cannot be written to"),
+        (file / "below", "cannot be written to"),
+        (run, "holds a run: choose another one"),
+        (done, "own has other options or another file than when"),
+    ):
+        for dry in (["--dry-run"], []):
+            capsys.readouterr()
+            assert main([*words, *dry, "--out", str(folder)]) == 2
+            error = capsys.readouterr().err
+            assert says in error
+            assert error.count("\n") == 1
+    with Audit(load(words[0]), tmp_path / "busy", World()):
+        assert main([*words, "--dry-run", "--out", str(tmp_path / "busy")]) == 2
+    assert "another audit is running" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize("words", [[], ["audit.yaml", "--speed", "9"]])
 def test_words_that_make_no_sense_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2

@@ -64,7 +64,7 @@ class CertifyConfig:
         device: auto, cpu, cuda, cuda:1 and so on.
         out: the folder to write; default: certified-MODEL.
         quiet: no progress bar and no table.
-        dry_run: check everything, say how many rows it would cost, ask none.
+        dry_run: check everything, say how many rows it would cost at most, ask none.
     """
 
     model: str = "cifar10-resnet20"
@@ -141,7 +141,7 @@ def run(config: CertifyConfig) -> dict[str, Any]:
     labels = inputs.check_labels(classes[:n], n, box.classes)
     rows = n * (config.n0 + config.n)
     if config.dry_run:
-        print(f"{n} images, {rows} rows on the certify ledger; no row was asked")
+        print(f"{n} images, at most {rows} rows on the certify ledger; no row was asked")
         return {}
     folder = Path(config.out or f"certified-{config.model.replace(':', '-').replace('/', '-')}")
     recipes = record_of(chain)

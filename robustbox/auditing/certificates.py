@@ -29,7 +29,7 @@ class Certification:
 
     @property
     def rows(self) -> int:
-        """Rows on the `certify` ledger."""
+        """Rows on the `certify` ledger at most."""
         return (self.config.images or 0) * (self.config.n0 + self.config.n)
 
     @property

@@ -85,6 +85,14 @@ class CertifyConfig:
     quiet: bool = False
     dry_run: bool = False
 
+    def certifier(self) -> Certifier:
+        """What certifies.
+
+        Raises:
+            InputError: a number that means nothing.
+        """
+        return Certifier(self.sigma, self.n0, self.n, self.alpha, self.clip, self.batch, self.seed)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -126,7 +134,7 @@ def run(config: CertifyConfig) -> dict[str, Any]:
         ModelError: the black box failed; the images that were certified until then stand in the folder.
         StorageError: the folder can no longer be written to.
     """
-    certifier = Certifier(config.sigma, config.n0, config.n, config.alpha, config.clip, config.batch, config.seed)
+    certifier = config.certifier()
     box = as_black_box(config.model, config.device)
     chain = inputs.resolve_defenses(config.defense, None)
     for recipe in reversed(chain):

@@ -568,6 +568,40 @@ def test_a_smoothed_model_is_certified_as_it_is(tmp_path: Path) -> None:
             Audit(load(written(tmp_path, **spec)), tmp_path / says, World())
 
 
+@pytest.mark.parametrize(
+    ("defense", "entry"),
+    [
+        ("blacklight", {"sigma": 0.1}),
+        (["input-noise", "blacklight"], {"sigma": 0.1}),
+        (["smoothing", "blacklight"], {}),
+    ],
+)
+def test_what_remembers_queries_is_not_certified_and_asked_nothing(
+    defense: Any,
+    entry: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(Oracle, "ask", lambda self, rows, *_: asked.append(len(rows)))
+    spec = {"defenses": ["none", {"defense": defense, "name": "gate"}], "certify": [{**entry, "defenses": "gate"}]}
+    out = tmp_path / "out"
+    for dry in (["--dry-run"], []):
+        assert main([written(tmp_path, **spec), *dry, "--quiet", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert "digits-cnn.gate cannot be certified" in error
+        assert "depends on what was asked before" in error
+        assert error.count("\n") == 1
+    assert (asked, out.exists()) == ([], False)
+
+
+def test_a_defense_that_cannot_be_put_on_a_model_is_not_certified_and_the_rest_is(tmp_path: Path) -> None:
+    spec = {"defenses": ["none", "zo-ae-ds"], "attacks": ["square"], "certify": [{"sigma": 0.1, "n0": 5, "n": 20}]}
+    document = rb.run_audit(written(tmp_path, **spec), tmp_path / "out").document
+    assert [system["certified"] is None for system in document["systems"]] == [False, True]
+
+
 def test_after_an_interrupt_the_report_says_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(cell: Cell, world: World, watch: object = None) -> Outcome:
         if cell.attack == "square":

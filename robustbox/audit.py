@@ -1,7 +1,8 @@
 """`python -m robustbox.audit FILE`: a matrix of models, defenses, attacks, threat models and budgets, held against thresholds.
 
-Exit codes: 0 every threshold holds; 1 one is missed, or what it bounds could not be measured; 2 bad input (one line on stderr
-says what); 130 the audit was interrupted: the same command goes on with it.
+Exit codes: 0 every threshold holds; 1 one is missed, or what it bounds could not be measured; 2 bad input, or a
+folder that can no longer be written to (one line on stderr says what); 130 the audit was interrupted: the same command goes on
+with it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from robustbox.auditing.plan import Plan
 from robustbox.auditing.run import Audit, AuditResult
 from robustbox.auditing.world import World
 from robustbox.cluster import Cluster
-from robustbox.errors import InputError, OneLineParser
+from robustbox.errors import InputError, OneLineParser, StorageError
 from robustbox.loop import Progress
 
 PROGRAM = "python -m robustbox.audit"
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         result = run(_parser().parse_args(argv))
-    except InputError as error:
+    except (InputError, StorageError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -74,6 +75,8 @@ def run(arguments: argparse.Namespace) -> AuditResult | None:
     """Audit as the command line says; None after a dry run."""
     console = Console(quiet=arguments.quiet, width=None if sys.stdout.isatty() else 120)
     audit = Audit(load(arguments.file), arguments.out, World())
+    if arguments.dry_run:
+        audit.check_folder()
     show_plan(audit.plan, console)
     show_estimate(audit.estimate(), console)
     if arguments.dry_run:

@@ -117,8 +117,8 @@ class Certifier:
             truth: its class, where only certified accuracy is wanted: a guess of another class is certified right at no
                 radius whatever the n draws say, so that they are not asked, and the image counts as abstained.
 
-        Query cost: n0 + n rows, all on the `certify` ledger; n0 where the guess is not `truth`. Rows that a defense refuses
-        count as answered otherwise.
+        Query cost: n0 + n rows, all on the `certify` ledger; n0 where the guess is not `truth`, or a defense refuses all
+        guesses. Other rows that it refuses count as answered otherwise.
         """
         name = sha256(image)
         noise = stream(image.device, self.seed, name, "certify")

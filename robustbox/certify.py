@@ -3,8 +3,8 @@
     python -m robustbox.certify --model digits-cnn --images 200 --sigma 0.25 --out runs/certified
 
 Writes a folder: `config.yaml`, `identity.json` (what its names stood for: weights, options, images), one line an image in
-`images.jsonl` as soon as it is certified, and `certified.json` (docs/smoothing.md is its schema) at the end. The same
-command on a folder that was interrupted goes on with the next image.
+`images.jsonl` as soon as it is certified, `rows.txt` (the rows asked, before they are), and `certified.json`
+(docs/smoothing.md is its schema) at the end. The same command on a folder that was interrupted goes on with the next image.
 Exit codes as those of `python -m robustbox.attack`.
 """
 
@@ -27,10 +27,11 @@ from robustbox.boxes import as_black_box
 from robustbox.certificates import Certificate, Certifier, certified_share
 from robustbox.config import canonical, explained, spelled_out
 from robustbox.environment import environment
-from robustbox.errors import InputError, ModelError
+from robustbox.errors import InputError, ModelError, StorageError
 from robustbox.evaluator import undefended
 from robustbox.folder import LOCK, locked, replace_file
 from robustbox.identity import sha256
+from robustbox.ledger import WrittenLedger
 from robustbox.oracle import Oracle
 from robustbox.provenance import record_of
 from robustbox.statistics import wilson
@@ -63,7 +64,7 @@ class CertifyConfig:
         device: auto, cpu, cuda, cuda:1 and so on.
         out: the folder to write; default: certified-MODEL.
         quiet: no progress bar and no table.
-        dry_run: check everything, say how many rows it would cost, ask none.
+        dry_run: check everything, say how many rows it would cost at most, ask none.
     """
 
     model: str = "cifar10-resnet20"
@@ -84,13 +85,21 @@ class CertifyConfig:
     quiet: bool = False
     dry_run: bool = False
 
+    def certifier(self) -> Certifier:
+        """What certifies.
+
+        Raises:
+            InputError: a number that means nothing.
+        """
+        return Certifier(self.sigma, self.n0, self.n, self.alpha, self.clip, self.batch, self.seed)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         config = parse(list(sys.argv[1:] if argv is None else argv))
         run(config)
-    except (InputError, ModelError) as error:
+    except (InputError, ModelError, StorageError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -123,8 +132,9 @@ def run(config: CertifyConfig) -> dict[str, Any]:
     Raises:
         InputError: bad input, before a row is asked.
         ModelError: the black box failed; the images that were certified until then stand in the folder.
+        StorageError: the folder can no longer be written to.
     """
-    certifier = Certifier(config.sigma, config.n0, config.n, config.alpha, config.clip, config.batch, config.seed)
+    certifier = config.certifier()
     box = as_black_box(config.model, config.device)
     chain = inputs.resolve_defenses(config.defense, None)
     for recipe in reversed(chain):
@@ -139,7 +149,7 @@ def run(config: CertifyConfig) -> dict[str, Any]:
     labels = inputs.check_labels(classes[:n], n, box.classes)
     rows = n * (config.n0 + config.n)
     if config.dry_run:
-        print(f"{n} images, {rows} rows on the certify ledger; no row was asked")
+        print(f"{n} images, at most {rows} rows on the certify ledger; no row was asked")
         return {}
     folder = Path(config.out or f"certified-{config.model.replace(':', '-').replace('/', '-')}")
     recipes = record_of(chain)
@@ -149,18 +159,15 @@ def run(config: CertifyConfig) -> dict[str, Any]:
     with locked(folder, "certification"), tqdm(total=n, disable=config.quiet or None) as bar:
         done = _claim(folder, config, name, n, identity)
         bar.update(len(done))
-        before = _asked(folder, len(done) * (config.n0 + config.n))
+        before = asked(folder, len(done) * (config.n0 + config.n))
+        oracle.ledger = WrittenLedger(folder / ASKED, lambda now: str(before + now["certify"]).encode())
         with (folder / IMAGES).open("a", encoding="utf-8") as book:
-            try:
-                for i in range(len(done), n):
-                    found = certifier.certify(oracle, images[i])
-                    done.append(found)
-                    book.write(json.dumps(found) + "\n")
-                    book.flush()
-                    replace_file(folder / ASKED, str(before + oracle.ledger["certify"]).encode())
-                    bar.update()
-            finally:  # of an image that was not finished, too
-                replace_file(folder / ASKED, str(before + oracle.ledger["certify"]).encode())
+            for i in range(len(done), n):
+                found = certifier.certify(oracle, images[i])
+                done.append(found)
+                book.write(json.dumps(found) + "\n")
+                book.flush()
+                bar.update()
     document = {
         "schema": SCHEMA,
         "model": model,
@@ -208,10 +215,10 @@ def _radii(certifier: Certifier) -> list[float]:
     return [k * certifier.sigma for k in range(int(certifier.largest / certifier.sigma) + 1)]
 
 
-def _asked(folder: Path, least: int) -> int:
-    """The rows that earlier sessions asked; `least` in a folder of an older version, which does not say."""
+def asked(folder: Path, least: int = 0) -> int:
+    """The rows that all sessions asked; `least` in a folder that does not say: new, or of an older version."""
     path = folder / ASKED
-    return int(path.read_text(encoding="utf-8")) if path.exists() else least
+    return int((path.read_text(encoding="utf-8") if path.exists() else "") or least)
 
 
 def _claim(folder: Path, config: CertifyConfig, data: str, n: int, identity: dict[str, Any]) -> list[Certificate]:

@@ -265,9 +265,18 @@ def check_free(path: Path, fresh: bool = False) -> None:
         raise InputError(
             f"the output folder {path} holds a complete run: choose another one, or start over with --fresh"
         )
+    check_writable(path, "output")
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Refuse a folder, made or not, that cannot be written to, as far as it shows without making anything.
+
+    Raises:
+        InputError: it cannot; `what` says whose folder it is.
+    """
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"the output folder {path} cannot be written to")
+        raise InputError(f"the {what} folder {path} cannot be written to")
 
 
 @contextmanager

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustbox.certify import CERTIFIED, CertifyConfig
+from robustbox.certify import CERTIFIED, CertifyConfig, asked
 from robustbox.certify import run as certify
 from robustbox.errors import InputError, ModelError
 from robustbox.inputs import resolve_defenses
+from robustbox.oracle import Oracle
 from robustbox.protocol import Defense
 
-from .plan import System, data_of, images_of
+from .plan import System, data_of
+from .preflight import Subject
 from .spec import AuditSpec, CertifyEntry, matches
+from .systems import subject_of
 from .world import World
 
 
@@ -29,7 +32,7 @@ class Certification:
 
     @property
     def rows(self) -> int:
-        """Rows on the `certify` ledger."""
+        """Rows on the `certify` ledger at most."""
         return (self.config.images or 0) * (self.config.n0 + self.config.n)
 
     @property
@@ -46,6 +49,11 @@ class Certification:
         path = self.folder / CERTIFIED
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
+    def ledger(self) -> dict[str, int]:
+        """Rows by ledger that it asked so far, done or not."""
+        done = self.document()
+        return {"certify": asked(self.folder)} if done is None else dict(done["summary"]["ledger"])
+
     def run(self) -> str | None:
         """Certify; what goes wrong is returned, as one that fails is not the end of the audit."""
         try:
@@ -59,7 +67,8 @@ def certifications(spec: AuditSpec, systems: list[System], world: World, out: Pa
     """What the audit's `certify` entries ask for.
 
     Raises:
-        InputError: two entries for one defended model, a model that has no registered name, or options of a defense.
+        InputError: two entries for one defended model, a model that has no registered name, options of a defense, or what no
+            certificate holds for (`Certifier.check`).
     """
     for system in systems:
         names = (system.model.name, system.defense.name)
@@ -70,11 +79,11 @@ def certifications(spec: AuditSpec, systems: list[System], world: World, out: Pa
             raise InputError(f"{system.id} is to be certified twice: one entry of `certify` for each defended model")
         if system.model.model in world.models:
             raise InputError(f"{system.id} cannot be certified: it takes a registered model")
-        entry = entries[0]
+        entry, subject = entries[0], subject_of(system, spec, world)
         config: dict[str, Any] = {
             "model": system.model.model,
             "data": data_of(system.model),
-            "images": len(images_of(system.model, spec, world)[1]),
+            "images": len(subject.images),
             **_smoothed(system, entry),
             "n0": entry.n0,
             "n": entry.n,
@@ -86,7 +95,24 @@ def certifications(spec: AuditSpec, systems: list[System], world: World, out: Pa
         }
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
         folder = str(out / "certified" / f"{system.id}.{digest}")
-        yield Certification(system, CertifyConfig(**config, out=folder, quiet=True))
+        found = Certification(system, CertifyConfig(**config, out=folder, quiet=True))
+        _check(found, subject)
+        yield found
+
+
+def _check(found: Certification, subject: Subject) -> None:
+    """Refuse what cannot be certified, before the audit asks a row.
+
+    A defense that cannot be put on its model is that system's failure, as the pre-flight says.
+    """
+    try:
+        box = subject.build()
+    except InputError:
+        return
+    try:
+        found.config.certifier().check(Oracle(box, levels=found.config.levels))
+    except InputError as error:
+        raise InputError(f"{found.system.id} cannot be certified: {error}") from None
 
 
 def _smoothed(system: System, entry: CertifyEntry) -> dict[str, Any]:

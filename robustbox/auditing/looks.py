@@ -1,4 +1,4 @@
-"""What looks at a defended model leave in an audit's folder: what was seen, and the rows of those that ended early."""
+"""What looks at a defended model leave in an audit's folder: what was seen, and the rows that all of them asked."""
 
 from __future__ import annotations
 
@@ -8,35 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from robustbox.folder import finite, replace_file
+from robustbox.ledger import WrittenLedger
 
 from .preflight import Subject, look
 from .spec import PreflightEntry
 
 
-def look_once(path: Path, lost: Path, subject: Subject, entry: PreflightEntry) -> dict[str, Any]:
+def look_once(path: Path, asked: Path, subject: Subject, entry: PreflightEntry) -> dict[str, Any]:
     """What the pre-flight saw, which stands in `path` once a look came to its end.
 
-    A look that fails, or is stopped, is taken again the next time; what it asked is added to what stands in `lost`.
+    A look that fails, or is stopped, is taken again the next time; `asked` counts the rows of all looks, before they are asked.
     """
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")))
     path.parent.mkdir(exist_ok=True)
-    ledger: Counter[str] = Counter()
-    whole = False
-    try:
-        seen: dict[str, Any] = finite(look(subject, entry, ledger))
-        if seen["error"] is None:
-            replace_file(path, plain_json(seen))
-            whole = True
-    finally:
-        if ledger and not whole:
-            replace_file(lost, plain_json(ledger + read_lost(lost)))
+    before = read_asked(asked)
+    ledger = WrittenLedger(asked, lambda now: plain_json(before + now))
+    seen: dict[str, Any] = finite(look(subject, entry, ledger))
+    if seen["error"] is None:
+        replace_file(path, plain_json(seen))
     return seen
 
 
-def read_lost(path: Path) -> Counter[str]:
-    """Rows by ledger of looks that did not come to their end."""
-    return Counter(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+def read_asked(path: Path) -> Counter[str]:
+    """Rows by ledger of all looks at a defended model, of those that did not come to their end too."""
+    return Counter(json.loads((path.read_text(encoding="utf-8") if path.exists() else "") or "{}"))
 
 
 def plain_json(value: Any) -> bytes:

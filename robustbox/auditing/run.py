@@ -14,7 +14,7 @@ import yaml
 
 from robustbox.environment import environment
 from robustbox.errors import InputError
-from robustbox.folder import AUDIT, CONFIG, JOURNAL, RESULTS, finite, locked, replace_file
+from robustbox.folder import AUDIT, finite, locked, replace_file
 from robustbox.identity import sha256
 
 from .cells import Cell, Executor, Outcome, Watch, in_turn, read_cell, read_failure, run_cell
@@ -23,8 +23,9 @@ from .contents import Contents
 from .estimate import Estimate, estimate
 from .junit import write_junit
 from .loading import load
-from .looks import look_once, plain_json, read_lost
+from .looks import look_once, plain_json, read_asked
 from .page import write_audit_page
+from .place import check_no_run, check_place
 from .plan import Plan, System, make_plan
 from .preflight import Subject, most
 from .spec import AuditSpec
@@ -105,9 +106,17 @@ class Audit:
         self.certifications = list(certifications(spec, self.plan.systems, world, self.folder))
         self.seen: dict[str, dict[str, Any]] = {}
 
+    def check_folder(self) -> None:
+        """Check the folder that the audit would be written to; nothing is made.
+
+        Raises:
+            InputError: what entering would refuse.
+        """
+        check_place(self.folder)
+        self._check_contents()
+
     def __enter__(self) -> Audit:
-        if any((self.folder / name).exists() for name in (CONFIG, JOURNAL, RESULTS)):
-            raise InputError(f"the audit's folder {self.folder} holds a run: choose another one")
+        check_no_run(self.folder)
         self._held = ExitStack()
         self._held.enter_context(locked(self.folder, "audit"))
         self._check_contents()
@@ -156,16 +165,16 @@ class Audit:
             self._digests[system.id] = self.contents.digest(system, asdict(entry), subject.levels, natural)
         return self.folder / "preflight" / f"{system.id}.{self._digests[system.id]}.json"
 
-    def _lost(self, system: System) -> Path:
-        """Where rows are counted of looks at a defended model that did not come to their end."""
-        return self.folder / "preflight" / f"{system.id}.lost.json"
+    def _asked(self, system: System) -> Path:
+        """Where the rows are counted of all looks at a defended model."""
+        return self.folder / "preflight" / f"{system.id}.rows.json"
 
     def preflight(self, note: Callable[[System], None] | None = None) -> None:
         """Look at every defended model that was not looked at before, and take out the cells that cannot be run on it."""
         for system in self.plan.systems:
             if note is not None:
                 note(system)
-            seen = look_once(self._look(system), self._lost(system), self._subject(system), self.spec.preflight)
+            seen = look_once(self._look(system), self._asked(system), self._subject(system), self.spec.preflight)
             self.seen[system.id] = seen
             if seen["benign"] is not None:
                 path = self.folder / "benign" / f"{system.id}.json"
@@ -215,10 +224,9 @@ class Audit:
         excluded = [each.cell for each in self.plan.excluded]
         found = verdicts(self.spec.thresholds, cells, documents, summaries, systems, excluded)
         device = torch.device("cuda" if torch.cuda.is_available() and self.spec.device == "auto" else "cpu")
-        ledgers = [seen["rows"] for seen in self.seen.values() if seen["error"] is None]
-        ledgers += [read_lost(self._lost(system)) for system in self.plan.systems]
+        ledgers = [read_asked(self._asked(s)) or self.seen[s.id]["rows"] for s in self.plan.systems]
         ledgers += [cell["rows"] or {} for cell in summaries.values()]
-        ledgers += [its["summary"]["ledger"] for its in certified.values()]
+        ledgers += [each.ledger() for each in self.certifications]
         document = {
             "schema": SCHEMA,
             "name": self.spec.name,

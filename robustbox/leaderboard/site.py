@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robustbox import registry
+from robustbox.defense_file import is_file
 from robustbox.errors import InputError
 from robustbox.leaderboard.ranking import order, shared_budget, strongest
 
@@ -29,14 +31,15 @@ def write_site(entries: Mapping[str, Mapping[str, Any]], out: Path, reports: Map
     from robustbox import pages
 
     sections = [_section(threat, rows) for threat, rows in _by_threat(list(entries.values()))]
-    pages.write_page(out / "index.html", "leaderboard.html", sections=sections, count=len(entries), title=title_of)
+    titles = titles_of(entries)
+    pages.write_page(out / "index.html", "leaderboard.html", sections=sections, count=len(entries), titles=titles)
     for name, entry in entries.items():
         threats = [_detail(entry, threat) for threat in entry["threats"]]
         pages.write_page(
             out / f"{name}.html",
             "entry.html",
             entry=entry,
-            title=title_of(entry),
+            title=titles[name],
             threats=threats,
             certified=_certified_picture(entry),
             reports=reports,
@@ -44,7 +47,24 @@ def write_site(entries: Mapping[str, Mapping[str, Any]], out: Path, reports: Map
         )
 
 
-def title_of(entry: Mapping[str, Any]) -> str:
+def titles_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What each entry is called: words, and behind those that others have too its defenses' files, or else its name."""
+    words = {name: (_title(entry), _files(entry)) for name, entry in entries.items()}
+    alike, told = Counter(title for title, _ in words.values()), Counter(words.values())
+    return {
+        name: title if alike[title] == 1 else f"{title} [{files if files and told[title, files] == 1 else name}]"
+        for name, (title, files) in words.items()
+    }
+
+
+def _files(entry: Mapping[str, Any]) -> str:
+    """The names of the files from which an entry's defenses were read; empty where none was, or its runs do not say."""
+    runs = [attack["config"] for threat in entry["threats"] for attack in threat["attacks"]]
+    named: Any = runs[0].get("defense") if runs else None
+    return ", ".join(Path(each).stem for each in (named if isinstance(named, list) else [named]) if is_file(each))
+
+
+def _title(entry: Mapping[str, Any]) -> str:
     """The defended model in words, with the options that are not a defense's own."""
     return " behind ".join([entry["model"]["name"], *(_recipe(recipe) for recipe in reversed(entry["defense"]))])
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -80,6 +82,36 @@ def test_a_defense_that_stood_on_every_image_has_a_cost(runs: Path, tmp_path: Pa
     assert found is not None
     assert found["passes_per_query"] == 1
     assert found["milliseconds_per_query"] > 0
+
+
+def test_rows_of_one_board_are_told_apart(tmp_path: Path) -> None:
+    """By the files of their defenses; where these tell nothing, by their names, which have digits of a hash then."""
+
+    def trained(name: str, file: str | None, weights: str) -> None:
+        defense = [{"name": "zo-ae-ds", "options": {"layout": {"width": [8] * 30}, "weights": weights}}]
+        folder = plant(tmp_path / "runs" / name, [[(3, 0.5)]], defense=defense)
+        (folder / "config.yaml").write_text(json.dumps({"model": "planted", "defense": file}))
+
+    def titles(out: str) -> dict[str, str]:
+        """By the entry's name, as the board has them, and the entries' own pages too."""
+        assert main([str(tmp_path / "runs"), "--out", str(tmp_path / out), "--no-cost"]) == 0
+        index = (tmp_path / out / "index.html").read_text()
+        found = {unquote(name): title for name, title in re.findall(r'href="([^"]+).html">([^<]+)</a>', index)}
+        assert all(
+            f"<h1>{title}</h1>" in (tmp_path / out / f"{name}.html").read_text() for name, title in found.items()
+        )
+        return found
+
+    trained("one", "made/plain.safetensors", "1")
+    assert [*titles("alone").values()] == ["planted behind zo-ae-ds"]
+    trained("two", "made/deep.safetensors", "2")
+    assert sorted(titles("files").values()) == ["planted behind zo-ae-ds [deep]", "planted behind zo-ae-ds [plain]"]
+    trained("three", "other/deep.safetensors", "3")
+    trained("four", None, "4")
+    names = titles("names")
+    plain = next(name for name, title in names.items() if title == "planted behind zo-ae-ds [plain]")
+    assert len(names) == 4
+    assert all(title == f"planted behind zo-ae-ds [{name}]" for name, title in names.items() if name != plain)
 
 
 def test_runs_that_began_from_given_rows_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

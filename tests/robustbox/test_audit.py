@@ -28,7 +28,8 @@ from robustbox.auditing.run import Audit
 from robustbox.auditing.world import World
 from robustbox.defense_file import write_defense
 from robustbox.defenses.bit_depth import BitDepth
-from robustbox.errors import InputError
+from robustbox.errors import InputError, ModelError
+from robustbox.oracle import Oracle
 from robustbox.protocol import Answer
 from tests.schema import check_document
 from tests.toys import Failing, HalfSpace, images
@@ -148,8 +149,8 @@ def test_rows_of_a_look_that_was_stopped_stay_counted(end: type[BaseException], 
         box.after = box.rows + more
         with contextlib.suppress(KeyboardInterrupt, torch.OutOfMemoryError):
             assert audit(tmp_path, {"spy": box})["rows_asked"] == box.rows  # a look that fails is no end
-    (lost,) = (tmp_path / "out" / "preflight").iterdir()
-    assert json.loads(lost.read_text()) == {"verify": box.rows}
+    (asked,) = (tmp_path / "out" / "preflight").iterdir()
+    assert json.loads(asked.read_text()) == {"verify": box.rows}
     box.on = False
     for _ in range(2):
         document = audit(tmp_path, {"spy": box})
@@ -196,7 +197,10 @@ def test_what_changed_is_looked_at_again(tmp_path: Path) -> None:
         written = json.loads((tmp_path / "out" / "benign" / "spy.blacklight.json").read_text())
         assert written["defense"][0]["options"]["threshold"] == options["threshold"]
         assert written["refused"] == document["systems"][0]["benign"]["refused"]
-        return len([*(tmp_path / "out" / "preflight").iterdir()]), written["refused"]
+        looks = [json.loads(path.read_text()) for path in tmp_path.glob("out/preflight/spy.blacklight.????????.json")]
+        asked = json.loads((tmp_path / "out" / "preflight" / "spy.blacklight.rows.json").read_text())
+        assert asked == {"verify": sum(seen["rows"]["verify"] for seen in looks)}  # of all of them
+        return len(looks), written["refused"]
 
     assert look(threshold=50) == (1, 0)
     assert look(threshold=1) == (2, 7)  # all but the first: windows of one value are in every image
@@ -458,6 +462,35 @@ def test_exit_codes_say_whether_thresholds_hold(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_dry_run_refuses_the_folders_that_the_audit_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gate, done, run, file = (tmp_path / name for name in ("own.safetensors", "done", "run", "file"))
+    write_defense(gate, BitDepth(bits=7), {})
+    words = [written(tmp_path, attacks=["square"], budgets=[20], defenses=[{"defense": str(gate), "name": "own"}])]
+    assert main([*words, "--quiet", "--out", str(done)]) == 0
+    assert main([*words, "--dry-run", "--out", str(done)]) == 0
+    run.mkdir()
+    (run / "config.yaml").touch()
+    file.touch()
+    write_defense(gate, BitDepth(bits=2), {})  # what stands in `done` is about another defense now
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for folder, says in (
+        (file, "cannot be written to"),
+        (file / "below", "cannot be written to"),
+        (run, "holds a run: choose another one"),
+        (done, "own has other options or another file than when"),
+    ):
+        for dry in (["--dry-run"], []):
+            capsys.readouterr()
+            assert main([*words, *dry, "--out", str(folder)]) == 2
+            error = capsys.readouterr().err
+            assert says in error
+            assert error.count("\n") == 1
+    with Audit(load(words[0]), tmp_path / "busy", World()):
+        assert main([*words, "--dry-run", "--out", str(tmp_path / "busy")]) == 2
+    assert "another audit is running" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize("words", [[], ["audit.yaml", "--speed", "9"]])
 def test_words_that_make_no_sense_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
@@ -501,6 +534,24 @@ def test_certificates_are_counted_and_bounded(tmp_path: Path) -> None:
     assert timeless(json.loads((tmp_path / "out" / "audit.json").read_text())) == before
 
 
+def test_rows_of_certificates_that_failed_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, real = [0], Oracle.ask
+
+    def failing(self: Oracle, rows: torch.Tensor, *rest: Any) -> Answer:
+        asked[0] += len(rows)
+        answer = real(self, rows, *rest)
+        if self.ledger["certify"] > 20:
+            raise ModelError("the service is down")
+        return answer
+
+    monkeypatch.setattr(Oracle, "ask", failing)
+    spec: dict[str, Any] = {"attacks": ["square"], "certify": [{"sigma": 0.1, "n0": 10, "n": 20}]}
+    assert main([written(tmp_path, **spec), "--quiet", "--out", str(tmp_path / "out")]) == 0
+    document = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert document["systems"][0]["certified"] is None
+    assert document["rows_asked"] == asked[0]
+
+
 def test_a_smoothed_model_is_certified_as_it_is(tmp_path: Path) -> None:
     smoothing = {"defense": ["smoothing", "bit-depth"], "name": "s"}
     chain: dict[str, Any] = {"attacks": ["square"], "defenses": [smoothing], "certify": [{"n0": 10, "n": 50}]}
@@ -515,6 +566,40 @@ def test_a_smoothed_model_is_certified_as_it_is(tmp_path: Path) -> None:
         spec = {**alone, "defenses": ["none", *alone["defenses"]], "certify": [{"defenses": "smoothing", **wrong}]}
         with pytest.raises(InputError, match=says):
             Audit(load(written(tmp_path, **spec)), tmp_path / says, World())
+
+
+@pytest.mark.parametrize(
+    ("defense", "entry"),
+    [
+        ("blacklight", {"sigma": 0.1}),
+        (["input-noise", "blacklight"], {"sigma": 0.1}),
+        (["smoothing", "blacklight"], {}),
+    ],
+)
+def test_what_remembers_queries_is_not_certified_and_asked_nothing(
+    defense: Any,
+    entry: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(Oracle, "ask", lambda self, rows, *_: asked.append(len(rows)))
+    spec = {"defenses": ["none", {"defense": defense, "name": "gate"}], "certify": [{**entry, "defenses": "gate"}]}
+    out = tmp_path / "out"
+    for dry in (["--dry-run"], []):
+        assert main([written(tmp_path, **spec), *dry, "--quiet", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert "digits-cnn.gate cannot be certified" in error
+        assert "depends on what was asked before" in error
+        assert error.count("\n") == 1
+    assert (asked, out.exists()) == ([], False)
+
+
+def test_a_defense_that_cannot_be_put_on_a_model_is_not_certified_and_the_rest_is(tmp_path: Path) -> None:
+    spec = {"defenses": ["none", "zo-ae-ds"], "attacks": ["square"], "certify": [{"sigma": 0.1, "n0": 5, "n": 20}]}
+    document = rb.run_audit(written(tmp_path, **spec), tmp_path / "out").document
+    assert [system["certified"] is None for system in document["systems"]] == [False, True]
 
 
 def test_after_an_interrupt_the_report_says_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

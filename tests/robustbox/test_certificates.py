@@ -179,6 +179,23 @@ def test_the_folder_is_as_documented_and_goes_on_where_it_was_cut_off(tmp_path: 
     assert again == document
 
 
+@pytest.mark.parametrize(("refuses", "rows"), [(False, 4 * 220), (True, 4 * 20)])
+def test_a_dry_run_says_the_most_that_it_can_cost(
+    refuses: bool, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where all guesses are refused, the draws that would bound their probability are not asked."""
+    box = Coin(1.0, refuses)
+    box.classes = 10
+    monkeypatch.setattr(certify, "as_black_box", lambda *_: box)
+    words = [*ARGUMENTS, "--data", "digits", "--out", str(tmp_path / "out")]
+    assert certify.main([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "4 images, at most 880 rows on the certify ledger; no row was asked\n"
+    assert (box.rows, (tmp_path / "out").exists()) == (0, False)
+    assert certify.main(words) == 0
+    document = json.loads((tmp_path / "out" / "certified.json").read_text())
+    assert document["summary"]["ledger"] == {"certify": rows} == {"certify": box.rows}
+
+
 def test_rows_of_an_image_that_was_interrupted_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, real = [0], Oracle.ask
 
@@ -240,5 +257,3 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         error = capsys.readouterr().err
         assert complaint in error
         assert error.count("\n") == 1
-    assert certify.main([*ARGUMENTS, "--dry-run"]) == 0
-    assert "880 rows" in capsys.readouterr().out

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustbox.boxes import recognise
 from robustbox.errors import InputError, ModelError
 from robustbox.protocol import ANSWERED, Answer, BlackBox
+from robustbox.scores import recognise
 from robustbox.wire import SCORES
 
 from .courier import Courier, Message

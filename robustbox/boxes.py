@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from robustbox import registry
 from robustbox.errors import InputError, ModelError
 from robustbox.protocol import Answer, BlackBox, Scores
+from robustbox.scores import recognise
 
-_SUM_TOLERANCE = 1e-3
-"""Probabilities of a row sum to 1 within this."""
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -33,8 +32,8 @@ class LocalBox(BlackBox):
 
     For n rows that is either scores, floats [n,K] with K >= 2 (or an object that holds them as `logits`), or labels,
     integers [n]. Unless `scores` was declared, the first answer shows which; scores are probabilities where all its
-    rows lie in [0, 1] and sum to 1 within 1e-3, and logits otherwise. NaN and a wrong number of rows are for the oracle
-    to find.
+    rows lie in [0, 1] and sum to 1 as nearly as their precision allows (`scores.tolerance`), and logits otherwise. NaN
+    and a wrong number of rows are for the oracle to find.
 
     A pass that the device cannot hold is halved until it fits, and later ones are asked in parts that fit. That happens here,
     behind all defenses: what remembers rows or draws noise for them must see each of them once.
@@ -105,13 +104,6 @@ class LocalBox(BlackBox):
             f"{self.name} returned {what} for {n} rows: it must return float scores [n,K], one column a class "
             "(a yes-or-no model: two), or integer labels [n]"
         )
-
-
-def recognise(scores: Tensor) -> Scores:
-    """Whether scores [n,K] are probabilities or logits, by what they look like."""
-    inside = (scores >= 0) & (scores <= 1)
-    whole = (scores.sum(dim=1) - 1).abs() <= _SUM_TOLERANCE
-    return "probability" if bool(inside.all() & whole.all()) else "logit"
 
 
 class ModuleBox(LocalBox):

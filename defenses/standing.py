@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from robustbox.identity import sha256
 
 from .histories import Cell
+from .unanswered import Unanswered
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Books:
 
     def __init__(self) -> None:
         self._accounts: dict[int, Standing] = {}
-        self._unanswered: dict[int, deque[tuple[str, Decision]]] = {}
+        self._unanswered = Unanswered[tuple[str, Decision]]()
         self.judged, self.seconds = 0, 0.0
 
     def standing(self, account: int) -> Standing:
@@ -56,20 +56,19 @@ class Books:
 
     def put_by(self, rows: Tensor, accounts: Sequence[int], decisions: Sequence[Decision]) -> None:
         """Keep what was decided about rows [n,C,H,W] to which the model failed to give answers, the evaluator's left out."""
-        for row, account, decision in reversed([*zip(rows, accounts, decisions, strict=True)]):
-            if account >= 0:  # what waits already comes after these
-                self._unanswered.setdefault(account, deque()).appendleft((sha256(row), decision))
+        own = [k for k, account in enumerate(accounts) if account >= 0]
+        self._unanswered.keep([accounts[k] for k in own], [(sha256(rows[k]), decisions[k]) for k in own])
 
     def taken_up(self, account: int, rows: Tensor, position: int) -> Decision | None:
         """What was put by about the row at a position of [n,C,H,W] that an account sends again; other rows end the waiting."""
-        waiting = self._unanswered.get(account)
-        if waiting is None:
+        kept = self._unanswered.take(account)
+        if kept is None:
             return None
-        known, decision = waiting.popleft()
-        same = known == sha256(rows[position])
-        if not same or not waiting:
-            del self._unanswered[account]
-        return decision if same else None
+        known, decision = kept
+        if known != sha256(rows[position]):
+            self._unanswered.forget(account)
+            return None
+        return decision
 
     def statistics(self, bytes_per_query: float) -> dict[str, object]:
         """Plain JSON values.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from robustbox.identity import sha256
+from robustbox.protocol import Answer
 
 from .histories import Cell
 from .unanswered import Unanswered
@@ -25,11 +28,21 @@ class Standing:
 
 @dataclass(slots=True)
 class Decision:
-    """What a gate does with a row: its status, whether the model is asked, and under `decoy` the cell of its answer."""
+    """What a gate does with a row.
+
+    Args:
+        status: the row's.
+        asked: whether the model is asked.
+        cell: under `decoy`, that of its answer.
+        fingerprint: what was stored of it, or None.
+        reset: whether the history was begun anew after it.
+    """
 
     status: int
     asked: bool
     cell: Cell | None = None
+    fingerprint: Any = None
+    reset: bool = False
 
 
 class Books:
@@ -48,6 +61,10 @@ class Books:
     def standing(self, account: int) -> Standing:
         """What is held against an account; a fresh one if it was never heard of."""
         return self._accounts.setdefault(account, Standing())
+
+    def take_over(self, account: int, standing: Standing) -> None:
+        """Begin with what was held against an account before."""
+        self._accounts[account] = standing
 
     def noticed(self, account: int) -> tuple[int, int]:
         """The hits of an account, and the first of them."""
@@ -90,3 +107,38 @@ class Books:
             "bytes_per_query": bytes_per_query,
             "milliseconds_per_query": 1e3 * self.seconds / self.judged if self.judged else 0.0,
         }
+
+
+def among_refusals(answer: Answer | None, decisions: Sequence[Decision], device: torch.device, width: int) -> Answer:
+    """The model's answer to the rows that it was asked (None: to none), among refusals for the others.
+
+    Args:
+        answer: for the decisions with `asked`, in their order.
+        decisions: n of them.
+        device: where an answer of refusals alone stands.
+        width: classes K that scores of refusals alone have; 0: they have none.
+    """
+    device = device if answer is None else answer.labels.device
+    where = torch.tensor([decision.asked for decision in decisions], device=device).nonzero().flatten()
+    labels = torch.full((len(decisions),), -1, device=device)
+    statuses = torch.tensor([decision.status for decision in decisions], dtype=torch.uint8, device=device)
+    scores = None
+    if answer is not None:
+        labels[where], statuses[where] = answer.labels, answer.status
+        if answer.scores is not None:
+            scores = answer.scores.new_full((len(decisions), answer.scores.shape[1]), torch.nan)
+            scores[where] = answer.scores
+    elif width:
+        scores = torch.full((len(decisions), width), torch.nan, device=device)
+    return Answer(labels, scores, statuses)
+
+
+def exchange_decoys(answer: Answer, decisions: Sequence[Decision]) -> None:
+    """Let cells keep the answers to rows that the model was asked, and give theirs to the others."""
+    cells = [(position, d.asked, d.cell) for position, d in enumerate(decisions) if d.cell is not None]
+    for position, asked, cell in cells:
+        if asked:
+            cell.keep(answer, position)
+    for position, asked, cell in cells:
+        if not asked:
+            cell.give(answer, position)

@@ -12,6 +12,7 @@ from foolbox.types import Bounds
 from torch import Tensor
 
 from robustbox.protocol import ANSWERED, Answer, Task
+from robustbox.scores import maybe_truncated
 
 from .guest import Ask
 
@@ -47,8 +48,9 @@ class ForeignModel(Model):
         surely = torch.zeros_like(scores)
         surely[:, label] = 1
         scores = torch.where((answer.status == ANSWERED).to(scores.device)[:, None], scores, surely)
-        probable = (scores >= 0).all(dim=1) & (scores.sum(dim=1) < 1.001)
-        return torch.where(probable[:, None], scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), scores)
+        return torch.where(
+            maybe_truncated(scores)[:, None], scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), scores
+        )
 
 
 class Reached(Criterion):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from robustbox.errors import unknown_name
 from robustbox.protocol import ANSWERED, Answer, Task
+from robustbox.scores import maybe_truncated
 
 Loss = Literal["probability", "cross-entropy", "margin"]
 
@@ -40,7 +41,7 @@ def losses(task: Task, answer: Answer, loss: Loss) -> Tensor:
         (answer.status != ANSWERED).to(scores.device) if answer.status.any() else None
     )  # the status is on the host
     told = scores if unknown is None else scores.masked_fill(unknown[:, None], 0)
-    probable = (told >= 0).all() & (told.sum(dim=1) <= 1 + 1e-3).all()
+    probable = maybe_truncated(told).all()
     log = torch.where(probable, told.clamp_min(torch.finfo(told.dtype).tiny).log(), told.log_softmax(dim=1))
     wanted = task.label if task.target is None else task.target
     value = log[:, wanted]

@@ -11,7 +11,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +20,13 @@ from robustbox.errors import InputError
 from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, BlackBox, Defense
 from robustbox.records import Noticed, together
 
+from .archive import Archive
 from .histories import Cell, Histories, History
 from .memory import Memory
-from .standing import Books, Decision, Standing
+from .standing import Books, Decision, Standing, among_refusals, exchange_decoys
+
+if TYPE_CHECKING:
+    from robustbox.state import State
 
 Action = Literal["reject", "ban", "silent", "decoy"]
 Scope = Literal["account", "global"]
@@ -128,6 +132,7 @@ class StatefulGate(BlackBox):
         if inner.input_shape is not None:
             defense.check_shape(inner.input_shape)
         self._histories = defense.histories(seed, self.device, self.input_shape)
+        self._archive: Archive | None = None
 
     @torch.no_grad()
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
@@ -140,17 +145,18 @@ class StatefulGate(BlackBox):
         decisions = self._decide(rows, senders)
         try:
             answer = self._ask(rows, accounts, decisions)
+            exchange_decoys(answer, decisions)
+            if self._archive is not None:
+                self._archive.add(rows.shape[1:], senders, decisions)
         except BaseException:
             self._books.put_by(rows, senders, decisions)
             raise
-        cells = [(position, d.asked, d.cell) for position, d in enumerate(decisions) if d.cell is not None]
-        for position, asked, cell in cells:
-            if asked:
-                cell.keep(answer, position)
-        for position, asked, cell in cells:
-            if not asked:
-                cell.give(answer, position)
         return answer
+
+    def persist(self, state: State) -> None:
+        """Take up histories, bans and counts that stand in a file, and keep them there from now on."""
+        super().persist(state)
+        self._archive = Archive(state.shelf(), self._histories, self._books, self.device)
 
     def describe(self) -> dict[str, object]:
         """What a result must record: the model behind, the gate's options, and what it saw so far."""
@@ -214,15 +220,18 @@ class StatefulGate(BlackBox):
             return Decision(REJECTED if refused else ANSWERED, asked, cell)
         if defense.action == "decoy" and asked:
             cell = Cell()
+        decision = Decision(REJECTED if refused else ANSWERED, asked, cell)
         if not hit or defense.store_rejected:
             self._histories.store(history, fingerprint, verdict, cell)
+            decision.fingerprint = fingerprint
         if hit:
             standing.hits += 1
             standing.first_hit = standing.first_hit or standing.rows
             standing.banned = defense.action == "ban" and standing.hits >= defense.strikes
             if defense.reset_on_hit:
                 self._histories.restart(history)
-        return Decision(REJECTED if refused else ANSWERED, asked, cell)
+                decision.reset = True
+        return decision
 
     def _ask(self, rows: Tensor, accounts: Tensor, decisions: list[Decision]) -> Answer:
         """The model's answers to the rows that it is asked, among refusals for the others."""
@@ -235,16 +244,5 @@ class StatefulGate(BlackBox):
             self.classes, self.scores = self.inner.classes, self.inner.scores  # a callable shows them by now
             if everything:
                 return answer
-        device = self.device if answer is None else answer.labels.device
-        where = torch.tensor(asked, device=device).nonzero().flatten()
-        labels = torch.full((len(rows),), -1, device=device)
-        statuses = torch.tensor([decision.status for decision in decisions], dtype=torch.uint8, device=device)
-        scores = None
-        if answer is not None:
-            labels[where], statuses[where] = answer.labels, answer.status
-            if answer.scores is not None:
-                scores = answer.scores.new_full((len(rows), answer.scores.shape[1]), torch.nan)
-                scores[where] = answer.scores
-        elif self.classes is not None and self.scores in ("probability", "logit"):
-            scores = torch.full((len(rows), self.classes), torch.nan, device=device)
-        return Answer(labels, scores, statuses)
+        scored = self.scores in ("probability", "logit")
+        return among_refusals(answer, decisions, self.device, (self.classes or 0) if scored else 0)

@@ -74,7 +74,7 @@ class Histories:
         Raises:
             InputError: the rows have a shape that the gate or its warm history does not take.
         """
-        scope = account if self._defense.scope == "account" else "global"
+        scope = self.scope(account)
         if scope not in self._all:
             channels, height, width = shape = rows.shape[1], rows.shape[2], rows.shape[3]
             if self._warm is not None and self._warm.shape[1:] != (channels, height, width):
@@ -87,6 +87,18 @@ class Histories:
             self._all[scope] = History(secret, self._defense.memory(secret))
             self.restart(self._all[scope])
         return self._all[scope]
+
+    def scope(self, account: int) -> int | str:
+        """Whose queries an account's are compared with: its own, or those of all."""
+        return account if self._defense.scope == "account" else "global"
+
+    def sender(self, scope: str) -> int:
+        """An account of a scope, by the scope's text."""
+        return int(scope) if self._defense.scope == "account" else 0
+
+    def stored(self, scope: int | str) -> int:
+        """Rows that are remembered of a scope."""
+        return self._all[scope].memory.stored if scope in self._all else 0
 
     def restart(self, history: History) -> None:
         """A history as it is at the start of an account."""

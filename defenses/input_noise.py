@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ from robustbox.identity import stream
 from robustbox.protocol import Answer, BlackBox, Defense
 
 from .transforms import Outer
+from .unanswered import Unanswered
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ class NoisyInputs(Outer):
         self.stochastic, self.levels = True, None
         self._noise, self._seed = noise, seed
         self._streams: dict[int, torch.Generator | int] = {}  # a number: how many values an account's only row took
-        self._unheard: dict[int, deque[Tensor]] = {}
+        self._unheard = Unanswered[Tensor]()
 
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
         """Answer rows float32 [n,C,H,W] in [0, 1], each with noise drawn for it alone."""
-        noise = self._drawn(rows, accounts.tolist())
+        senders = accounts.tolist()
+        noise = self._drawn(rows, senders)
         try:
             noisy = torch.add(rows, noise, alpha=self._noise.sigma)
             return self._show(noisy.clamp_(0, 1) if self._noise.clip else noisy, accounts)
         except BaseException:
-            for row, account in reversed([*zip(noise, accounts.tolist(), strict=True)]):
-                self._unheard.setdefault(account, deque()).appendleft(row)
+            self._unheard.keep(senders, [*noise])
             raise
 
     def _drawn(self, rows: Tensor, accounts: list[int]) -> Tensor:
@@ -83,12 +83,11 @@ class NoisyInputs(Outer):
         noise = torch.empty_like(rows)
         # A draw for each row: one draw of n rows takes other numbers from a generator than n draws of one.
         for row, account in zip(noise, accounts, strict=True):
-            if account not in self._unheard:
+            known = self._unheard.take(account)
+            if known is None:
                 self._draw(row, account)
-                continue
-            row.copy_(self._unheard[account].popleft())
-            if not self._unheard[account]:
-                del self._unheard[account]
+            else:
+                row.copy_(known)
         return noise
 
     def _draw(self, row: Tensor, account: int) -> None:

@@ -160,7 +160,7 @@ def gradient_norm(
             return held[k]
 
         with torch.enable_grad(), evaluating(box.module), intercepted(places, hold):
-            z = box.module(rows)
+            z = box.scores_of(box.module(rows), len(rows))
             others = z.scatter(1, y, -torch.inf).amax(dim=1)
             loss = (z.gather(1, y)[:, 0] - others).sum()
         gradients = torch.autograd.grad(loss, list(held.values()))

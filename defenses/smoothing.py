@@ -7,7 +7,7 @@ level alpha. `python -m robustbox.certify` says within which radius the answer c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -16,10 +16,12 @@ from torch.nn.functional import one_hot
 
 from robustbox.distances import rounded
 from robustbox.errors import InputError
+from robustbox.identity import sha256
 from robustbox.protocol import ANSWERED, REJECTED, Answer, BlackBox, Defense
 
 from .row_streams import RowStreams
 from .transforms import Outer
+from .unanswered import Unanswered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,23 @@ class Smoothing(Defense):
         return SmoothedBox(box, self, seed)
 
 
+@dataclass(slots=True)
+class Poll:
+    """The vote on a row: what the noise of its copies begins with, and the answers to copies so far, part by part."""
+
+    seed: int
+    labels: list[Tensor] = field(default_factory=list)
+    status: list[Tensor] = field(default_factory=list)
+
+
 class SmoothedBox(Outer):
     """A black box behind `Smoothing`: its scores are shares of the votes.
 
     Each row's copies come from a stream of its own (`row_streams`). Copies that a defense behind refuses have no vote.
+
+    Where the model fails, the votes that were cast stand, and the streams of rows that got no answer are those of their
+    accounts' next rows: of a row that is sent again only the copies without an answer are asked, the same as before, so that
+    a gate behind sees each copy once.
     """
 
     def __init__(self, inner: BlackBox, smoothing: Smoothing, seed: int) -> None:
@@ -72,6 +87,7 @@ class SmoothedBox(Outer):
         self.scores = None if inner.classes is None else "probability"
         self._smoothing = smoothing
         self._streams = RowStreams(inner.device, "fresh", seed, smoothing.name)
+        self._unanswered = Unanswered[tuple[str, Poll]]()
 
     @torch.no_grad()
     def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
@@ -93,20 +109,40 @@ class SmoothedBox(Outer):
 
     def _ballots(self, rows: Tensor, accounts: Tensor) -> tuple[Tensor, Tensor]:
         """The labels that n noisy copies of each row get, int64 [rows, n], and which of them were answered."""
-        chosen, n = self._smoothing, self._smoothing.n
-        labels, status = [], []
-        for row, account, noise in zip(rows, accounts.tolist(), self._streams.open(rows, accounts), strict=True):
-            copies = row.new_empty(n, *row.shape).normal_(std=chosen.sigma, generator=noise).add_(row)
-            if chosen.clip or self.levels is not None:
-                copies.clamp_(0, 1)
-            if self.levels is not None:  # rows travel on a grid: rounding is a part of what is smoothed
-                copies = rounded(copies, self.levels)
-            for part in copies.split(chosen.batch):
-                answer = self._inner_answer(part, torch.full((len(part),), account))
-                labels.append(answer.labels)
-                status.append(answer.status)
-        shape = (len(rows), n)
-        return torch.cat(labels).view(shape), torch.cat(status).view(shape) == ANSWERED
+        senders = accounts.tolist()
+        polls = [self._poll(rows[k : k + 1], accounts[k : k + 1]) for k in range(len(rows))]
+        try:
+            for row, account, poll in zip(rows, senders, polls, strict=True):
+                self._cast(row, account, poll)
+        except BaseException:
+            self._unanswered.keep(senders, [(sha256(row), poll) for row, poll in zip(rows, polls, strict=True)])
+            raise
+        shape = (len(rows), self._smoothing.n)
+        labels = torch.cat([part for poll in polls for part in poll.labels])
+        status = torch.cat([part for poll in polls for part in poll.status])
+        return labels.view(shape), status.view(shape) == ANSWERED
+
+    def _poll(self, row: Tensor, account: Tensor) -> Poll:
+        """The vote on a row [1,C,H,W] of an account [1]: a new one, or that which a failure of the model broke off."""
+        kept = self._unanswered.take(int(account))
+        if kept is None:
+            return Poll(self._streams.seeds(row, account)[0])
+        known, poll = kept
+        return poll if known == sha256(row[0]) else Poll(poll.seed)
+
+    def _cast(self, row: Tensor, account: int, poll: Poll) -> None:
+        """Ask the noisy copies of a row [C,H,W] that have not voted yet."""
+        chosen = self._smoothing
+        noise = self._streams.begin([poll.seed])[0]
+        copies = row.new_empty(chosen.n, *row.shape).normal_(std=chosen.sigma, generator=noise).add_(row)
+        if chosen.clip or self.levels is not None:
+            copies.clamp_(0, 1)
+        if self.levels is not None:  # rows travel on a grid: rounding is a part of what is smoothed
+            copies = rounded(copies, self.levels)
+        for part in copies.split(chosen.batch)[len(poll.labels) :]:
+            answer = self._inner_answer(part, torch.full((len(part),), account))
+            poll.labels.append(answer.labels)
+            poll.status.append(answer.status)
 
 
 def tie(first: Tensor, second: Tensor) -> Tensor:

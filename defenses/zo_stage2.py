@@ -90,8 +90,8 @@ class Stage2:
         if recipe.order == "first":
             assert isinstance(shop.box, ModuleBox)
             shop.oracle.ledger["train"] += len(z)
-            returned = shop.box.module.eval()(self.guard.decoder(z))
-            shop.oracle.scores = shop.oracle.scores or "logit"
+            returned = shop.box.scores_of(shop.box.module.eval()(self.guard.decoder(z)), len(z))
+            shop.oracle.scores = shop.box.scores
             loss = self._losses(returned, goal, 1).mean()
         else:
             flat = z.detach().flatten(1)

@@ -29,7 +29,7 @@ class Card:
         name: how it is asked for, and how reports call it.
         task: what it tells apart.
         input_shape: (C, H, W), or None where not known.
-        classes: number of classes K, or None where not known.
+        classes: number of classes K, or None where not known; of a model with one output 2, or 1.
         class_names: K names in order, or None where not known.
         scores: what it returns, or None where its first answer will show it.
         mean, std: what it normalises by, a value a channel; None where it does not, or where that is not known.

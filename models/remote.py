@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustbox.boxes import recognise
 from robustbox.errors import InputError, ModelError
 from robustbox.protocol import ANSWERED, Answer, BlackBox
+from robustbox.scores import interpreted
 from robustbox.wire import SCORES
 
 from .courier import Courier, Message
@@ -169,12 +169,13 @@ class RemoteBox(BlackBox):
             return Answer(labels, None, status)
         if len({scores.shape[1] for scores in given}) != 1:
             raise ModelError(f"{self.name} answered scores of different numbers of classes")
-        self.classes = self.classes or given[0].shape[1]
         blank = [torch.full((len(answer), given[0].shape[1]), torch.nan) for answer in answers]
         each = zip(answers, blank, strict=True)
-        scores = torch.cat([none if answer.scores is None else answer.scores for answer, none in each])
-        if self.scores is None and bool((status == ANSWERED).any()):
-            self.scores = recognise(scores[status == ANSWERED])
+        told = torch.cat([none if answer.scores is None else answer.scores for answer, none in each])
+        scores, self.scores = interpreted(told, self.scores, self.name, "response: {kind: logit} in its file")
+        if told.shape[1] == 1:
+            labels = scores.argmax(dim=1).where(status == ANSWERED, labels)
+        self.classes = self.classes or scores.shape[1]
         return Answer(labels, scores, status)
 
     def resume(self, key: str) -> None:

@@ -52,10 +52,11 @@ class Response:
         rows: the list with one entry for each row; labels and scores are then looked for in each entry. Without it they are
             looked for in the whole document: one answer where a request holds one row, else a list of them.
         labels: the label, a number or a name out of `classes`.
-        scores: the scores: a list in the order of classes, an object by names, or a list that goes with `names`.
+        scores: the scores: a list in the order of classes, an object by names, or a list that goes with `names`; one number is
+            the score of class 1 of two.
         names: the names (or numbers) that go with `scores` where these are sorted or few; classes that are not there have 0.
         classes: the names of the classes in order.
-        kind: what the scores are; by default their first answer shows it.
+        kind: what the scores are; by default their first answer shows it (of one number a row not safely).
         rejected, banned: HTTP statuses by which the service refuses a row, or no longer serves the account.
     """
 

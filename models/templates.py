@@ -17,7 +17,7 @@ from robustbox.wire import NPY, pack
 
 from .courier import Message
 from .dialects import Dialect, Rows, answer_of, grid, picture
-from .failures import Garbled
+from .failures import Failed, Garbled
 from .paths import follow, read_path
 from .service_file import Request, Response
 
@@ -59,6 +59,7 @@ class Template(Dialect):
             (request.body == "raw" and self.encoding != "npy" and self.batch > 1, "a raw picture is one row: batch: 1"),
             (bool(response.rejected or response.banned) and self.batch > 1, "rejected and banned go with batch: 1"),
             (self.names is not None and self._kind_is_logit(), "names go with probabilities: what is missing has 0"),
+            (self.classes == 1, "one class is no choice: a service that gives one score a row has two classes"),
         ):
             if wrong:
                 raise InputError(f"service: {complaint}")
@@ -134,15 +135,17 @@ class Template(Dialect):
         return int(found)
 
     def _scored(self, found: Any, names: Any) -> list[float]:
-        """A row's scores, in the order of classes."""
+        """A row's scores, in the order of classes; a single number is that of class 1 of two."""
         if names is not None:
             if not isinstance(found, list) or not isinstance(names, list) or len(found) != len(names):
                 raise ValueError("names and scores are not two lists of one length")
             found = dict(zip(names, found, strict=True))
         if isinstance(found, list):
             return [float(score) for score in found]
+        if isinstance(found, int | float) and not isinstance(found, bool):
+            return [float(found)]
         if not isinstance(found, dict):
-            raise ValueError("scores are no list")
+            raise ValueError("scores are no list and no number")
         if self.classes is None:
             raise ValueError("scores by name need classes or response.classes")
         scores = [0.0] * self.classes
@@ -151,9 +154,15 @@ class Template(Dialect):
         return scores
 
     def _stacked(self, rows: list[list[float]]) -> NDArray[np.float32]:
-        """The scores of all rows, [n,K]."""
-        if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2 or self.classes not in (None, len(rows[0])):
-            raise ValueError(f"{sorted({len(row) for row in rows})} scores a row")
+        """The scores of all rows, [n,K]; [n,1] where there is one a row."""
+        widths = {len(row) for row in rows}
+        if len(widths) != 1 or 0 in widths or self.classes not in (None, max(2, *widths)):
+            raise ValueError(f"{sorted(widths)} scores a row")
+        if widths == {1} and self.labels is not None:
+            what = (
+                "one score beside a label, and nobody says of which class: leave out response.labels or response.scores"
+            )
+            raise Failed(what, charged=True, again=False)
         return np.array(rows, dtype=np.float32)
 
 

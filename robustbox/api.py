@@ -64,7 +64,7 @@ def run_attack(
 
     Args:
         model: a zoo name, `timm:NAME`, `torchvision:NAME`, `file:PATH`, `http://...`, `remote:FILE.yaml`, an nn.Module, or
-            any callable from a batch float32 [n,C,H,W] to scores [n,K] or labels [n].
+            any callable from a batch float32 [n,C,H,W] to scores [n,K] or labels [n]; one score a row is that of class 1.
         images: float [N,C,H,W] in [0, 1].
         labels: N true classes. Images that the model misclassifies are counted once and not attacked.
         attack: a name (`robustbox.list_attacks()`), `foolbox:CLASS`, or an Attack.

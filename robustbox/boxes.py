@@ -15,26 +15,23 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robustbox import registry
 from robustbox.errors import InputError, ModelError
 from robustbox.protocol import Answer, BlackBox, Scores
-
-_SUM_TOLERANCE = 1e-3
-"""Probabilities of a row sum to 1 within this."""
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+from robustbox.scores import interpreted, read
 
 
 class LocalBox(BlackBox):
     """A black box whose model runs in this process: a subclass runs it, this class reads what it returns.
 
     For n rows that is either scores, floats [n,K] with K >= 2 (or an object that holds them as `logits`), or labels,
-    integers [n]. Unless `scores` was declared, the first answer shows which; scores are probabilities where all its
-    rows lie in [0, 1] and sum to 1 within 1e-3, and logits otherwise. NaN and a wrong number of rows are for the oracle
-    to find.
+    integers [n]. A model that says yes or no may return one float a row, [n,1] or [n]: `scores.two_classes` makes two of it.
+    Unless `scores` was declared, the first answer shows which, for good; scores are probabilities where all its rows lie in
+    [0, 1] and sum to 1 as nearly as their precision allows (`scores.tolerance`), and logits otherwise. NaN and a wrong number
+    of rows are for the oracle to find.
 
     A pass that the device cannot hold is halved until it fits, and later ones are asked in parts that fit. That happens here,
     behind all defenses: what remembers rows or draws noise for them must see each of them once.
@@ -56,22 +53,31 @@ class LocalBox(BlackBox):
         """
         output = self._fitting(rows)
         if output.is_floating_point():
-            kind = self.scores if self.scores in ("probability", "logit") else recognise(output)
-            answer = Answer.of(output.argmax(dim=1), output)
-            self.classes = self.classes or output.shape[1]
-            if output.shape[1] != self.classes:
-                raise ModelError(f"{self.name} returned scores of {output.shape[1]} classes, and has {self.classes}")
-        else:
-            kind, answer = "none", Answer.of(output.long())
-        if self.scores is None:
-            self.scores = kind
-        if kind != self.scores:
-            due, got = ("labels", "scores") if self.scores == "none" else ("scores", "labels")
-            raise ModelError(f"{self.name} returned {got} where {due} were due: it must always return the same")
-        return answer
+            scores = self._scored(output)
+            return Answer.of(scores.argmax(dim=1), scores)
+        self.scores = self.scores or "none"
+        if self.scores != "none":
+            raise ModelError(f"{self.name} returned labels where scores were due: it must always return the same")
+        return Answer.of(output.long())
+
+    def scores_of(self, returned: Any, n: int) -> Tensor:
+        """The scores [n,K] of what the model returned for n rows, as in its answers; gradients pass."""
+        return self._scored(read(returned, n, self.device, self.name))
+
+    def _scored(self, output: Tensor) -> Tensor:
+        """Scores [n,K], K >= 2, from floats [n,K] or [n,1], the first of which show what they are."""
+        if self.scores == "none":
+            raise ModelError(f"{self.name} returned scores where labels were due: it must always return the same")
+        declare = f"{type(self).__name__}(..., scores='logit')"
+        scores, kind = interpreted(output, self.scores, self.name, declare)
+        self.classes = self.classes or scores.shape[1]
+        if scores.shape[1] != self.classes:
+            raise ModelError(f"{self.name} returned scores of {scores.shape[1]} classes, and has {self.classes}")
+        self.scores = kind
+        return scores
 
     def _fitting(self, rows: Tensor) -> Tensor:
-        """Scores [n,K] or integer labels [n], in passes that the device can hold."""
+        """Floats [n,K] or integer labels [n], in passes that the device can hold."""
         n = len(rows)
         if self._most is None or n <= self._most:
             try:
@@ -80,38 +86,12 @@ class LocalBox(BlackBox):
                 if n <= 1:
                     raise ModelError(f"{self.name}: the device cannot hold one row: {error}") from error
             else:
-                return self._tensor(getattr(returned, "logits", returned), n)
+                return read(returned, n, self.device, self.name)
             self._most = n // 2  # the error, and the memory that it holds on to, is gone by now
         parts = [self._fitting(part) for part in rows.split(self._most)]
         if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
             raise ModelError(f"{self.name} returned scores of one kind for some rows and of another for others")
         return torch.cat(parts)
-
-    def _tensor(self, returned: Any, n: int) -> Tensor:
-        """Scores [n,K] or integer labels [n] as a tensor on `device`."""
-        what = type(returned).__name__
-        try:
-            output = torch.as_tensor(returned if isinstance(returned, Tensor) else np.asarray(returned))
-            output = output.to(self.device, copy=True)  # a model may write its next answer where this one stands
-        except (TypeError, ValueError):
-            output = None
-        if output is not None:
-            what = f"{str(output.dtype).removeprefix('torch.')} {list(output.shape)}"
-            if output.is_floating_point() and output.ndim == 2 and output.shape[1] > 1:
-                return output
-            if output.dtype in _INTEGERS and output.ndim == 1:
-                return output
-        raise ModelError(
-            f"{self.name} returned {what} for {n} rows: it must return float scores [n,K], one column a class "
-            "(a yes-or-no model: two), or integer labels [n]"
-        )
-
-
-def recognise(scores: Tensor) -> Scores:
-    """Whether scores [n,K] are probabilities or logits, by what they look like."""
-    inside = (scores >= 0) & (scores <= 1)
-    whole = (scores.sum(dim=1) - 1).abs() <= _SUM_TOLERANCE
-    return "probability" if bool(inside.all() & whole.all()) else "logit"
 
 
 class ModuleBox(LocalBox):
@@ -124,9 +104,10 @@ class ModuleBox(LocalBox):
         module: takes rows float32 [n,C,H,W] in [0, 1]. Where it has a `card` (robustbox.models.cards.Card), that says
             its name, input shape, number of classes, kind of scores, and the sha256 of its weights.
         device: where it is moved to; "auto" leaves it where it stands.
+        scores: what it returns, `logit`, `probability`, or `none` for labels, where neither card nor first answer shall decide.
     """
 
-    def __init__(self, module: nn.Module, device: str | torch.device = "auto") -> None:
+    def __init__(self, module: nn.Module, device: str | torch.device = "auto", scores: Scores | None = None) -> None:
         self.module = module if device == "auto" else module.to(_checked(device))
         self.device = next((tensor.device for tensor in self._tensors()), torch.device("cpu"))
         self.card: Any = getattr(module, "card", None)
@@ -134,7 +115,10 @@ class ModuleBox(LocalBox):
         if self.card is not None:
             self.name, self.input_shape = self.card.name, self.card.input_shape
             self.classes, self.scores = self.card.classes, self.card.scores
+            if self.classes == 1:  # outputs, not classes
+                self.classes = 2
             self.class_names: tuple[str, ...] | None = getattr(self.card, "class_names", None)
+        self.scores = scores or self.scores
 
     def _run(self, rows: Tensor) -> Any:
         if not getattr(self.module, "training", False):  # frozen TorchScript has no modes

@@ -16,10 +16,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from robustbox.state import State
 
 Norm = Literal["l0", "l2", "linf"]
 """l0 counts changed pixels (all channels of a position are one pixel)."""
@@ -116,6 +119,15 @@ class BlackBox(ABC):
         None where nothing here watches accounts.
         """
         return None if self.inner is None else self.inner.noticed(account)
+
+    def persist(self, state: State) -> None:
+        """Take up what a file keeps, and keep there what shall outlive the process: a stateful defense its histories.
+
+        Raises:
+            InputError: what stands there belongs to others.
+        """
+        if self.inner is not None:
+            self.inner.persist(state)
 
     def describe(self) -> dict[str, object]:
         """What a result must record of this black box, as plain JSON values."""

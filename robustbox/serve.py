@@ -28,6 +28,7 @@ from robustbox.boxes import as_black_box
 from robustbox.config import add_options, canonical, explained, spelled_out
 from robustbox.defense_file import takes_options
 from robustbox.errors import InputError
+from robustbox.state import State
 from robustbox.worker import log
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class ServeConfig:
         request_megabytes: size that a request's body may have.
         fuse: rows of requests that wait for the model which are sent to it in one pass.
         grace: seconds that requests in flight are given when the service ends.
+        state: a file in which stateful defenses keep their histories and bans, so that a restart forgets none; default: they
+            end with the process.
     """
 
     model: str = "cifar10-resnet20"
@@ -72,6 +75,7 @@ class ServeConfig:
     request_megabytes: float = 64.0
     fuse: int = 64
     grace: int = 60
+    state: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,10 +139,22 @@ def build(config: ServeConfig) -> Service:
         raise InputError(f"--host {config.host} can be reached from other machines: give --tokens FILE")
     clients = None if config.tokens is None else read_tokens(config.tokens)
     box = as_black_box(config.model, config.device)
-    for recipe in reversed(inputs.resolve_defenses(config.defense, config.defense_options)):
+    defenses = inputs.resolve_defenses(config.defense, config.defense_options)
+    for recipe in reversed(defenses):
         box = recipe.wrap(box, config.seed)
     limits = Limits(rows=config.request_rows, megabytes=config.request_megabytes)
-    return Service(box, Accounts(clients, config.budget), limits, config.fuse)
+    service = Service(box, Accounts(clients, config.budget), limits, config.fuse)
+    if config.state is not None:
+        nothing = InputError("--state keeps what defenses remember of accounts, and none here does: leave it out")
+        if box.noticed(0) is None:
+            raise nothing
+        names = [[recipe.name, recipe.options()] for recipe in defenses]
+        identity = {"defenses": names, "seed": config.seed, "input shape": box.input_shape, "classes": box.classes}
+        state = service.held.enter_context(contextlib.closing(State(config.state, identity)))
+        box.persist(state)
+        if not state.shelves:
+            raise nothing
+    return service
 
 
 def run(service: Service, config: ServeConfig) -> None:
@@ -164,6 +180,10 @@ def run(service: Service, config: ServeConfig) -> None:
         signal.signal(quiet, lambda *_: None)
     host, port = taken.getsockname()[:2]
     print(f"{service.box.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    if config.state is None and service.box.noticed(0) is not None:
+        log.warning(
+            "histories and bans end with this process, and a restart lets everybody in again: --state FILE keeps them"
+        )
     with contextlib.closing(taken):
         uvicorn.Server(settings).run(sockets=[taken])
 

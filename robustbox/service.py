@@ -81,6 +81,7 @@ class Service:
         self.rows: Counter[str] = Counter()  # by status: their sum is what the black box was asked
         self.replayed = 0
         self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
+        self.held = contextlib.ExitStack()  # closed when the service has ended
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -93,6 +94,7 @@ class Service:
             finally:
                 task.cancel()
                 self.worker.close()
+                self.held.close()
 
         routes = [
             Route("/v1/model", self._model),

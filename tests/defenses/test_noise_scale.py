@@ -41,6 +41,13 @@ class Two(nn.Module):
         return torch.stack((-m, m), dim=1)
 
 
+class One(Two):
+    """The same with one output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ torch.tensor([-1.0, 1.0])
+
+
 def planted(n: int, margin: float) -> tuple[Two, Tensor, Tensor]:
     """n rows of class 1, all at one margin."""
     model = Two(torch.ones(12))
@@ -190,3 +197,10 @@ def test_they_are_registered() -> None:
     for trainer in (RandomFeaturesTrainer, InputNoiseTrainer, LogitNoiseTrainer):
         assert registry.load("trainers", trainer.name) is trainer
     assert {InputNoise.name, LogitNoise.name, RandomFeatures.name} <= set(registry.names("defenses"))
+
+
+def test_the_gradient_of_one_output_is_that_of_two() -> None:
+    model, x, y = planted(40, 0.5)
+    two = gradient_norm(ModuleBox(model), ["small"], x, y, "abs")
+    one = ModuleBox(One(model.w), scores="logit")
+    assert gradient_norm(one, ["small"], x, y, "abs") == pytest.approx(two, rel=1e-5)

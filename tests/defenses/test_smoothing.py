@@ -10,6 +10,7 @@ from torch import Tensor
 import robustbox as rb
 from robustbox.boxes import as_black_box
 from robustbox.certificates import Certifier
+from robustbox.defenses.blacklight import Blacklight
 from robustbox.defenses.smoothing import Smoothing, tie
 from robustbox.errors import InputError
 from robustbox.oracle import Oracle
@@ -116,3 +117,52 @@ def test_no_attack_flips_a_certified_image_within_its_radius() -> None:
             inside = image + sign * 0.999 * certificate.radius * direction
             assert revote.answer(inside[None], account).labels == label
         assert revote.answer((image + 6 * direction)[None], account).labels != label
+
+
+class Flaky(Plane):
+    """Fails in passes of these numbers."""
+
+    def __init__(self, passes: set[int]) -> None:
+        super().__init__()
+        self.passes, self.asked = passes, 0
+
+    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        self.asked += 1
+        if self.asked in self.passes:
+            raise rb.ModelError("planted")
+        return super().answer(rows, accounts)
+
+
+@pytest.mark.parametrize("failing", [{1}, {2}, {3}, {4}, {6}, {9}, {2, 3, 5, 6}])
+def test_a_gate_behind_sees_each_copy_of_a_row_that_is_sent_again_once(failing: set[int]) -> None:
+    """Three rows of two accounts, six copies each in passes of two; the pass is sent again until it is answered."""
+    sent = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    told = []
+    for passes in (set(), failing):
+        inner = Flaky(passes)
+        gate = Blacklight(action="ban").wrap(inner, 0)
+        box, found = Smoothing(sigma=0.5, n=6, batch=2, alpha=None).wrap(gate, 0), []
+        for parts in ([slice(0, 3)], [slice(0, 1), slice(1, 3)]):  # in one pass, and others in two
+            for part in parts:
+                for _ in range(1 + len(passes)):
+                    try:
+                        found.append(box.answer(sent[part] * (0.9 if len(parts) > 1 else 1), ACCOUNTS[part]).scores)
+                        break
+                    except rb.ModelError:
+                        pass
+        told.append((torch.cat([scores for scores in found if scores is not None]), inner.rows))
+        assert gate.statistics()["hits"] == 0
+    assert torch.equal(told[0][0], told[1][0])
+    assert told[0][1] == told[1][1] == 6 * 6
+
+
+def test_another_row_than_the_one_that_failed_is_voted_on_anew() -> None:
+    box = Smoothing(sigma=0.5, n=6, batch=2, alpha=None).wrap(Flaky({2}), 0)
+    with pytest.raises(rb.ModelError):
+        box.answer(rows(0.1), ACCOUNTS[:1])
+    calm = Smoothing(sigma=0.5, n=6, batch=2, alpha=None).wrap(Plane(), 0)
+    for value in (0.9, 0.1):
+        found, wanted = (each.answer(rows(value), ACCOUNTS[:1]).scores for each in (box, calm))
+        assert found is not None
+        assert wanted is not None
+        assert torch.equal(found, wanted)

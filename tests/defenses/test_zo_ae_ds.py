@@ -290,6 +290,21 @@ def test_first_order_needs_a_module(digits: tuple[Tensor, list[int]]) -> None:
         trained(rb.boxes.as_black_box(lambda rows: rows.flatten(1)[:, :10]), digits, order="first")  # type: ignore[attr-defined]
 
 
+def test_first_order_through_one_output_is_that_through_two(digits: tuple[Tensor, list[int]]) -> None:
+    torch.manual_seed(0)
+    body, last = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU()), nn.Linear(8, 1)
+    both = nn.Linear(8, 2)
+    with torch.no_grad():
+        both.weight.copy_(torch.cat((-last.weight, last.weight)) / 2)
+        both.bias.copy_(torch.cat((-last.bias, last.bias)) / 2)
+    found = [
+        trained(ModuleBox(nn.Sequential(body, head), scores="logit"), digits, rows=20 * 2 * 3, order="first")[0]
+        for head in (last, both)
+    ]
+    for name, value in found[0].tensors().items():
+        torch.testing.assert_close(value, found[1].tensors()[name], msg=name)
+
+
 def _fragile(images: Tensor, labels: Tensor) -> nn.Module:
     """A BatchNorm CNN that is right on clean digits of MNIST, and lost under noise that it never saw."""
     torch.manual_seed(0)

@@ -83,6 +83,13 @@ class TestRoundTrips:
         box.answer(ROWS, torch.arange(6))
         assert box.scores == "probability"
 
+    def test_a_program_with_one_output_has_two_classes(self, tmp_path: Path) -> None:
+        model = nn.Sequential(network()[:5], nn.Linear(144, 1), nn.Sigmoid()).eval()
+        box = as_black_box(f"file:{exported(tmp_path / 'm.pt2', model)}", "cpu")
+        assert box.classes == 2
+        answer = box.answer(ROWS, torch.arange(6))
+        assert answer.labels.tolist() == (model(ROWS)[:, 0] > 0.5).long().tolist()
+
 
 class TestRefusals:
     @pytest.mark.parametrize("zipped", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 import robustbox as rb
 from robustbox.boxes import as_black_box
@@ -198,6 +202,9 @@ def test_answers_are_found(response: Any, document: Any, n: int, labels: Any, sc
         ({"rows": "$", "labels": "$"}, [-1, 0], "no class"),
         ({"rows": "$", "scores": "$"}, [[0.1, 0.9], [0.2]], r"\[1, 2\] scores a row"),
         ({"rows": "$", "scores": "$", "classes": CLASSES}, [[0.1, 0.9], [0.2, 0.8]], r"\[2\] scores a row"),
+        ({"rows": "$", "scores": "$", "classes": CLASSES}, [0.1, 0.2], r"\[1\] scores a row"),
+        ({"rows": "$", "scores": "$"}, [[], []], r"\[0\] scores a row"),
+        ({"rows": "$", "scores": "$"}, [True, False], "scores are no list and no number"),
         ({"rows": "$", "scores": "$"}, [["much", "little"], [0.1, 0.9]], "could not convert"),
         ({"rows": "$", "scores": "$"}, [{"cat": 1}, {"cat": 1}], "need classes"),
         ({"rows": "$", "scores": "s", "names": "n", "classes": CLASSES}, [{"s": [1], "n": []}] * 2, "of one length"),
@@ -233,6 +240,7 @@ def test_statuses_that_refuse_a_row_come_through() -> None:
             "rejected and banned go with batch: 1",
         ),
         ({"template": "$images"}, {"labels": "a["}, "is no path"),
+        ({"template": "$images"}, {"scores": "p", "classes": ["cat"]}, "one class is no choice"),
     ],
 )
 def test_descriptions_that_make_no_sense_are_refused(request_: Any, response: Any, line: str) -> None:
@@ -299,6 +307,78 @@ response: {{scores: "data.top[*].p", names: "data.top[*].name", classes: [dark, 
     assert set(shop.keys) == {b"k-1"}
     assert there.meta["model"]["url"] == f"{address}/classify"
     assert there.meta["model"]["traffic"]["rows_answered"] == shop.asked
+
+
+def brightness(rows: torch.Tensor) -> torch.Tensor:
+    """A probability a row [n]."""
+    return torch.stack([20 * (row.double().mean() - 0.6) for row in rows]).sigmoid().float()
+
+
+class Judge:
+    """A foreign service that answers one number a row, in whatever document."""
+
+    def __init__(self, document: Callable[[list[float]], Any]) -> None:
+        self.document, self.rows = document, 0
+
+    async def answer(self, request: Any) -> Any:
+        rows = torch.tensor((await request.json())["rows"])
+        self.rows += len(rows)
+        return JSONResponse(self.document(brightness(rows).tolist()))
+
+
+@pytest.mark.parametrize(
+    ("response", "batch", "document"),
+    [
+        ({"scores": "p"}, 1, lambda p: {"p": p[0]}),
+        ({"scores": "p"}, 1, lambda p: {"p": p}),
+        ({"scores": "p"}, 5, lambda p: {"p": p}),
+        ({"rows": "predictions", "scores": "$", "classes": ["dark", "bright"]}, 5, lambda p: {"predictions": p}),
+        ({"rows": "predictions", "scores": "$", "kind": "probability"}, 5, lambda p: {"predictions": [[x] for x in p]}),
+    ],
+)
+def test_one_number_a_row_is_the_score_of_class_1_of_two(response: Any, batch: int, document: Any) -> None:
+    judge = Judge(document)
+    with running(Starlette(routes=[Route("/", judge.answer, methods=["POST"])])) as address:
+        request = Request(template={"rows": "$images"}, batch=batch)
+        box = RemoteBox(ServiceFile(url=address, request=request, response=Response(**response)), "remote")
+        there = rb.run_attack(box, images(2), [0, 0], "cgba", budget=30, max_rows=8)
+        assert (box.scores, box.classes) == ("probability", 2)
+        assert judge.rows == sum(there.ledger.values())
+        answer = box.answer(images(3), torch.zeros(3, dtype=torch.int64))
+        assert answer.scores is not None
+        assert torch.equal(answer.scores[:, 1], brightness(images(3)))
+    here = rb.run_attack(brightness, images(2), [0, 0], "cgba", budget=30, max_rows=8)
+    assert there.success.all()
+    assert there.traces == here.traces
+
+
+@pytest.mark.parametrize(
+    ("response", "document", "line"),
+    [
+        (
+            {"scores": "p", "labels": "l"},
+            {"p": 0.9, "l": 1},
+            "one score beside a label, and nobody says of which class",
+        ),
+        ({"scores": "p"}, {"p": 1}, r"whole numbers only: .* declared \(response: {kind: logit} in its file\)"),
+        ({"scores": "p", "kind": "probability"}, {"p": 1.5}, r"returned 1.5, .* declare that"),
+    ],
+)
+def test_one_number_that_could_mean_anything_is_asked_once_and_refused(response: Any, document: Any, line: str) -> None:
+    asked = []
+
+    async def answer(request: Any) -> Any:
+        asked.append(1)
+        return JSONResponse(document)
+
+    with running(Starlette(routes=[Route("/", answer, methods=["POST"])])) as address:
+        box = RemoteBox(
+            ServiceFile(url=address, request=Request(template="$images"), response=Response(**response)), "remote"
+        )
+        with pytest.raises(ModelError, match=line) as caught:
+            box.answer(images(1), torch.zeros(1, dtype=torch.int64))
+    assert "\n" not in str(caught.value)
+    assert len(asked) == 1
 
 
 def test_our_own_service_can_be_described_as_a_foreign_one() -> None:

@@ -122,8 +122,9 @@ class TestLabels:
 @pytest.mark.parametrize(
     ("returned", "what"),
     [
-        (torch.rand(5, 1), r"float32 \[5, 1\]"),
-        (torch.rand(5), r"float32 \[5\]"),
+        (torch.rand(3, 1), r"float32 \[3, 1\]"),
+        (torch.rand(7), r"float32 \[7\]"),
+        (torch.rand(()), r"float32 \[\]"),
         (torch.rand(5, 7, 1), r"float32 \[5, 7, 1\]"),
         (torch.ones(5, 7, dtype=torch.long), r"int64 \[5, 7\]"),
         (torch.ones(5, dtype=torch.bool), r"bool \[5\]"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -432,6 +434,9 @@ def test_answers_travel_unchanged(n: int, classes: int, random: Any) -> None:
         (["--tokens", "/nowhere"], "the file of tokens /nowhere cannot be read"),
         (["--budget", "0"], "--budget must be a whole number of at least 1"),
         (["--request-megabytes", "0"], "--request-megabytes must be above 0"),
+        (["--state", "/nowhere"], "none here does: leave it out"),
+        (["--state", "/nowhere", "--defense", "jpeg"], "none here does: leave it out"),
+        (["--state", "/nowhere/at/all", "--defense", "qpa"], "/nowhere/at/all cannot be used (unable to open database"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -470,17 +475,73 @@ def test_the_defense_stands_before_the_model_with_its_options() -> None:
     assert build(config).box.stateful
 
 
-def test_told_to_end_it_answers_what_is_in_flight(tmp_path: Path, root: Path) -> None:
-    """A request is in flight when SIGTERM comes; it is answered, later ones find nobody, and the exit code is 0."""
-    words = [sys.executable, "-m", "robustbox.serve", "--model", "digits-cnn", "--port", "0"]
+def started(root: Path, *words: str) -> tuple[subprocess.Popen[str], str]:
+    """A service of digits-cnn in a process of its own, and its address."""
+    command = [sys.executable, "-m", "robustbox.serve", "--model", "digits-cnn", "--port", "0", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
-        words, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert server.stdout is not None
     line = server.stdout.readline()
-    address = line.split()[-1]
-    assert line == f"digits-cnn at {address}\n"
+    assert line.startswith("digits-cnn")
+    return server, line.split()[-1]
+
+
+def test_what_a_gate_remembers_outlives_kill_9(tmp_path: Path, root: Path) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8)).astype(np.uint8)
+    words = ["--defense", "blacklight", "--defense.action", "ban", "--state", str(tmp_path / "state")]
+    told = []
+    for accounts, senders in (([0, 0, 1], [1, 1, 2]), ([2, 1, 2], [1, 2, 3])):
+        server, address = started(root, *words)
+        try:
+            body = pack(rows[accounts], np.array(senders))
+            answer = httpx2.post(f"{address}/v1/answer", content=body, headers={"content-type": NPY})
+            told += answer.json()["status"]
+        finally:
+            server.kill()
+            server.wait(30)
+        assert server.stderr is not None
+        assert server.stderr.read() == ""
+    assert told == ["answered", "rejected", "answered", "banned", "rejected", "answered"]
+
+
+def test_a_state_is_for_one_service_and_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "digits-cnn", "--defense", "qpa", "--state", str(tmp_path / "state")]
+    with build(parse(words)).held:
+        assert main(words) == 2
+        assert "cannot be used (database is locked): end the service that uses it" in capsys.readouterr().err
+    for other, differing in (["--seed", "1"], "seed"), (["--defense.alpha", "0.1"], "defenses"):
+        assert main([*words, *other]) == 2
+        told = capsys.readouterr().err
+        assert f"was kept by another service (its {differing} differ)" in told
+        assert len(told.splitlines()) == 1
+    for content in (b"no database" * 100, b""):
+        (tmp_path / "state").write_bytes(content)
+        if content:
+            assert main(words) == 2
+            assert "cannot be used (file is not a database)" in capsys.readouterr().err
+    build(parse(words)).held.close()  # an empty file is a new one
+    with contextlib.closing(sqlite3.connect(tmp_path / "other")) as database:
+        database.execute("CREATE TABLE events (id)")
+    assert main([*words[:-1], str(tmp_path / "other")]) == 2
+    assert "is another kind of database" in capsys.readouterr().err
+
+
+def test_it_says_that_memory_ends_with_the_process(root: Path) -> None:
+    server, address = started(root, "--defense", "blacklight")
+    assert httpx2.get(f"{address}/health").status_code == 200
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0
+    assert server.stderr is not None
+    told = server.stderr.read()
+    assert "--state FILE keeps them" in told
+    assert len(told.splitlines()) == 1
+
+
+def test_told_to_end_it_answers_what_is_in_flight(tmp_path: Path, root: Path) -> None:
+    """A request is in flight when SIGTERM comes; it is answered, later ones find nobody, and the exit code is 0."""
+    server, address = started(root)
     rows = np.zeros((1000, 1, 8, 8), np.uint8)
     found: list[httpx2.Response] = []
 

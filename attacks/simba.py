@@ -27,8 +27,8 @@ Deviations from the paper, beside starting over:
 - The loss is the margin, which still tells rows apart where the probability rounds to 1; `loss=probability` is the paper's.
 - Once all of Q was used, it is shuffled and used again; directions that are taken twice end the guarantee.
 - A first sign that changes nothing, because it leads out of the box or the ball, is not asked.
-- In the basis dct, rows that are rounded to grey levels are dithered (`levels.on_levels`) once a step's wave is less than a level
-  high: after two halvings at 32 x 32, where rounding would hide that one row differs from the next.
+- In the basis dct, rows that are rounded to grey levels are dithered (`levels.on_levels`) once a step's wave is less than a
+  level high (after two halvings at 32 x 32), where rounding would hide that one row differs from the next.
 - Where answers are stochastic, a success counts as one when the point succeeds again.
 """
 

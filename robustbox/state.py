@@ -119,8 +119,8 @@ class Shelf:
         order = "SELECT scope, tensor, content, answer FROM prints WHERE shelf = ? ORDER BY scope, number"
         for scope, tensor, content, answer in self._database.execute(order, (self._number,)):
             (array,) = unpack(content, 1)
-            print = torch.from_numpy(array.copy()).to(device) if tensor else array
-            yield scope, print, None if answer is None else unpack_answer(answer, 1)
+            fingerprint = torch.from_numpy(array.copy()).to(device) if tensor else array
+            yield scope, fingerprint, None if answer is None else unpack_answer(answer, 1)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -155,10 +155,10 @@ class Shelf:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
 
-    def store(self, scope: str, print: Any, answer: Answer | None, most: int) -> None:
+    def store(self, scope: str, fingerprint: Any, answer: Answer | None, most: int) -> None:
         """Add a fingerprint (array, tensor or number), perhaps with its answer, to a scope, and forget all but the newest."""
-        tensor = isinstance(print, Tensor)
-        content = pack(print.cpu().numpy() if tensor else np.asarray(print))
+        tensor = isinstance(fingerprint, Tensor)
+        content = pack(fingerprint.cpu().numpy() if tensor else np.asarray(fingerprint))
         place = self._number, scope
         self._database.execute(
             "INSERT INTO prints SELECT ?, ?, coalesce(max(number), 0) + 1, ?, ?, ? FROM prints WHERE shelf = ? AND scope = ?",

@@ -4,7 +4,8 @@ Far from the image, the boundary's normal tells little of what lies nearer, and 
 pattern is worth more than many labels of noise.
 
 - Untargeted (`Wavelets`): networks of convolutions are weak to single waves of few pixels' length (Tsuzuku and Sato, CVPR
-  2019; Yin et al., NeurIPS 2019, for the Fourier basis; Co et al., CCS 2019, for Gabor noise as a black-box attack).
+  2019; Yin et al., NeurIPS 2019, for the Fourier basis; Co et al., CCS 2019, for Gabor noise as a black-box attack). What
+  networks of smooth normals are weak to is a stroke in the right place: so waves stand in windows, from a stroke's to all.
 - Towards a target (`Pieces`): most of the distance to another image lies in its coarse parts and its border, and most of what
   names its class in its edges and its middle.
 
@@ -31,6 +32,8 @@ from .starts import nearest
 
 PERIODS = (2.0, 8.0)
 """Pixels from crest to crest of a new wavelet: from the finest wave there is to the field of view of few layers."""
+WINDOWS, PIXELS, OFF = (0.15, 4.0), 2.0, 0.7
+"""Width of a new wavelet's window: a standard deviation (half an image is 1), least pixels; how far off the middle it is."""
 NEAR, FAR, GROWTH = 1 / 64, 0.5, 1.3
 """The first distance of a wavelet and its last one (a pixel: the root mean square in l2, all in linf), and its growth."""
 WAVES = 40
@@ -76,7 +79,7 @@ class Patterns(ABC):
 
     @abstractmethod
     def new(self) -> Tensor:
-        """A random pattern, as wide as the image and with all channels alike."""
+        """A random pattern, with all channels alike."""
 
     @abstractmethod
     def spread(self, pattern: Tensor) -> Tensor:
@@ -122,7 +125,8 @@ class Patterns(ABC):
 class Wavelets(Patterns):
     """Gabor wavelets sin(2 pi <f, p in pixels> + phase), in linf their signs; a new one is grey.
 
-    A pattern begins with f in y and x (cycles a pixel) and the phase.
+    A pattern begins with f in y and x (cycles a pixel) and the phase. Starts are as wide as the image, for these reach the goal
+    most often. A new one in l2 untargeted stands in a window; a sign knows none, and a target is reached from far away.
     """
 
     renewal, own = 4, (0.0, 0.0, 4.0)
@@ -131,19 +135,30 @@ class Wavelets(Patterns):
         super().__init__(task)
         self._rates = torch.tensor([1.0, 1.0] + [0.0] * (len(self.usual) - 2), device=self.device)
         self._targeted = task.target is not None
+        self._windowed = self.norm == "l2" and not self._targeted
+        self._narrowest = min(max(WINDOWS[0], 2 * PIXELS / min(self.height, self.width)), WINDOWS[1])
 
     def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
         unit = math.sqrt(self.image.numel()) if self.norm == "l2" else 1.0
         growing = range(math.ceil(math.log(FAR / NEAR, GROWTH)))
         for far in [FAR] * WAVES if self._targeted else [NEAR * GROWTH**k for k in growing]:
-            wavelet = self.new()
+            wavelet = torch.cat([self._wave(), self.wide])
             yield wavelet, self.row(wavelet, torch.tensor([far * unit], device=self.device))
 
     def new(self) -> Tensor:
+        wave, window = self._wave(), self.wide
+        if self._windowed:
+            width, y, x = self.uniform(3).unbind()
+            width = self._narrowest * torch.pow(WINDOWS[1] / self._narrowest, width)
+            place = torch.stack([0.5 / width.square(), OFF * (2 * y - 1), OFF * (2 * x - 1)])
+            window = torch.cat([place, window[3:]])
+        return torch.cat([wave, window])
+
+    def _wave(self) -> Tensor:
+        """A random f in y and x, and a random phase."""
         period, turn, phase = self.uniform(3).unbind()
         rate = torch.pow(PERIODS[0] / PERIODS[1], period) / PERIODS[0]
-        wave = [rate * torch.cos(math.pi * turn), rate * torch.sin(math.pi * turn), 2 * math.pi * phase]
-        return torch.cat([torch.stack(wave), self.wide])
+        return torch.stack([rate * torch.cos(math.pi * turn), rate * torch.sin(math.pi * turn), 2 * math.pi * phase])
 
     def spread(self, pattern: Tensor) -> Tensor:
         return torch.addcmul(self.usual, self._rates, torch.linalg.vector_norm(pattern[:2]))

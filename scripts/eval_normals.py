@@ -335,7 +335,7 @@ def main() -> None:
         near = partial(nearest_of_four, model, images, labels)
         print(f"  nearest of four, tiles of period 2: {near(partial(tile, generator)):.3g}")
         for periods in ((2.0, 4.0), (4.0, 8.0), (8.0, 16.0)):
-            with patch.object(patterns, "PERIODS", periods):
+            with patch.object(patterns, "PERIODS", periods), patch.object(patterns, "WINDOWS", (1e3, 1e3)):
                 print(f"  nearest of four, wavelets of periods {periods}: {near(partial(wavelet, generator)):.3g}")
 
 

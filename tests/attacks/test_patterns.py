@@ -6,11 +6,14 @@ import itertools
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from robustbox.attacks import patterns
 from robustbox.attacks.approach import approach
 from robustbox.attacks.flips import FLIPS, START
 from robustbox.attacks.nearer import NARROWER, WIDER
@@ -52,16 +55,16 @@ def climbed(of: Task, label: Callable[[Tensor], int], least: float | None = None
 def test_a_row_stands_at_the_distance_that_is_asked(norm: Norm, image: Tensor, kind: str) -> None:
     pool = torch.rand(4, *image.shape, generator=torch.Generator().manual_seed(1)), torch.ones(4, dtype=torch.long)
     of = aim(pool if kind == "pieces" else None, image, norm)
-    patterns: Patterns = Wavelets(of) if kind == "wavelets" else Pieces(of)
+    family: Patterns = Wavelets(of) if kind == "wavelets" else Pieces(of)
     far = 0.05 * (math.sqrt(image.numel()) if norm == "l2" else 1)
-    pattern = patterns.new()
+    pattern = family.new()
     for _ in range(20):
-        row = patterns.row(pattern, torch.tensor([far]))
+        row = family.row(pattern, torch.tensor([far]))
         assert torch.isfinite(row).all()
         assert row.min() >= 0
         assert row.max() <= 1
         assert float(distance(row - image, norm)) == pytest.approx(far, rel=0.02)
-        pattern = patterns.near(pattern)
+        pattern = family.near(pattern)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 5), (2, 2, 2)])
@@ -95,6 +98,36 @@ def test_a_planted_wave_is_found_nearer_than_by_a_start() -> None:
         starts.append(float(torch.dist(start[0], GREY)))
     assert sorted(lengths)[2] < 0.14  # the others stand on a wave beside it
     assert sorted(lengths)[4] < 0.5 * sorted(starts)[4]
+
+
+def test_strokes_are_found_nearer_than_waves_that_are_as_wide_as_the_image() -> None:
+    """Class 1 is a short wave of five pixels anywhere, or much of any wave all over the image: the start."""
+    image = torch.full((1, 28, 28), 0.5)
+    bell = torch.hann_window(7)[1:-1]
+    stroke = bell[:, None] * bell * torch.sin(2 * math.pi / 5 * torch.arange(5))
+    stroke = stroke / stroke.norm()
+
+    def label(row: Tensor) -> int:
+        anywhere = F.conv2d((row - image)[None], stroke[None, None]).abs().max()
+        return int(anywhere > 0.5 or torch.fft.rfft2(row[0])[2:27, 2:].abs().max() > 80)
+
+    def usual() -> float:
+        ends = [climbed(aim(image=image, seed=seed), label)[0] for seed in range(15)]
+        return sorted(math.inf if end is None else float(torch.dist(end[0], image)) for end in ends)[7]
+
+    windowed = usual()
+    assert windowed < 0.75  # at best 0.5
+    with patch.object(patterns, "WINDOWS", (1e3, 1e3)):
+        assert usual() > 1.3 * windowed
+
+
+@pytest.mark.parametrize(("norm", "pool"), [("l2", True), ("linf", False), ("linf", True)])
+def test_new_wavelets_stand_in_windows_in_l2_untargeted_alone(norm: Norm, pool: bool) -> None:
+    windows = torch.stack([Wavelets(aim()).new()[3:6] for _ in range(2)])
+    assert (windows[:, 0] > 0).all()
+    assert windows[:, 1:].abs().max() <= 0.7
+    of = aim(pictures(2) if pool else None, norm=norm)
+    assert not Wavelets(of).new()[3:6].any()
 
 
 def test_of_a_target_the_edges_in_the_middle_are_kept() -> None:

@@ -56,7 +56,8 @@ class Asked:
     def __init__(self, basis: Blocks, like: Tensor) -> None:
         self.basis, self._shape = basis, like.shape
         self._live = torch.arange(0, device=like.device)
-        self._kept = self._next = like.new_zeros(0, 0)
+        self._kept = like.new_zeros(0, 0)
+        self._next = self._live, self._kept
 
     def sample(
         self, n: int, variances: Tensor, across: Sequence[Tensor], generator: torch.Generator, noted: bool = True
@@ -68,14 +69,15 @@ class Asked:
             across: images [1,C,H,W], orthogonal to one another, along which it is to have no part.
             noted: whether it is what `keep` then takes in.
         """
-        self._restrict(variances.flatten().nonzero()[:, 0])
-        size, root = len(self._live), variances.flatten()[self._live].sqrt()
+        live = variances.flatten().nonzero()[:, 0]
+        size, root = len(live), variances.flatten()[live].sqrt()
         most = min(int(FULL * size), HELD_BYTES // (size * root.element_size()))
         drawn = torch.randn(n, size, generator=generator, device=generator.device)
-        rows, kept = orthonormal(drawn, self._kept, most)
-        self._next = kept if noted else self._next
+        rows, kept = orthonormal(drawn, self._restricted(live), most)
+        if noted:
+            self._next = live, kept
         u = rows.new_zeros(n, math.prod(self._shape))
-        u.index_copy_(1, self._live, rows * (root * math.sqrt(size)))
+        u.index_copy_(1, live, rows * (root * math.sqrt(size)))
         u = self.basis.compose(u.view(n, *self._shape))
         for direction in across:
             unit = F.normalize(direction.flatten(), dim=0)
@@ -84,11 +86,11 @@ class Asked:
 
     def keep(self) -> None:
         """Take in that the noise of the last `sample` that was noted was asked."""
-        self._kept = self._next
+        self._live, self._kept = self._next
 
-    def _restrict(self, live: Tensor) -> None:
-        """Keep the directions in these coefficients alone, by their numbers."""
+    def _restricted(self, live: Tensor) -> Tensor:
+        """The directions in these coefficients alone, by their numbers."""
         place = torch.full((math.prod(self._shape),), len(self._live), device=live.device)
         place[self._live] = torch.arange(len(self._live), device=live.device)
         kept = F.pad(self._kept, (0, 1))  # a column of zeros for those that are new
-        self._live, self._kept = live, kept.index_select(1, place[live])
+        return kept.index_select(1, place[live])

@@ -74,7 +74,9 @@ def fit(task: Task, deltas: Tensor, thresholds: Tensor | None = None) -> Tensor:
         shorter = _shorter(sent - image, epsilon)
         if bool((shorter == 1).all()):
             return sent
-        deltas = deltas * torch.where(shorter < 1, shorter * RESERVE, shorter)
+        # Dithered, what is less than a level has a length that goes with the root of its size.
+        shrink = shorter if thresholds is None else shorter.square()
+        deltas = deltas * torch.where(shorter < 1, shrink * RESERVE, shorter)
         rows = on_levels(task, deltas, thresholds)
     inwards = (deltas.abs() * steps + SLACK).floor_().div_(steps) * deltas.sign()
     return torch.where(shorter < 1, (image + inwards).clamp_(0, 1), sent)

@@ -113,6 +113,7 @@ REMOVED: dict[str, dict[str, Any]] = {
     "without orthogonal noise": {"apart.orthonormal": independent},
     "without water-filling (white noise)": {"waterfill.water_filling": isotropic},
     "without the climb": {"approach.climb": nowhere},
+    "without windows": {"patterns.WINDOWS": (1e3, 1e3)},
     "without the flips": {"approach.flip": unflipped},
     "without the race": {"approach.race": unraced},
     TOWARDS: {"approach.START": None},
@@ -137,7 +138,13 @@ UNUSED = {
         "without shorter noise at bends",
         TOWARDS,
     ),
-    "linf": ("without the perturbation's hint", "without the perturbation's filter", "without centring", TOWARDS),
+    "linf": (
+        "without windows",
+        "without the perturbation's hint",
+        "without the perturbation's filter",
+        "without centring",
+        TOWARDS,
+    ),
 }
 """Ideas that have no part in a norm, untargeted."""
 

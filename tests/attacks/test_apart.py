@@ -53,6 +53,21 @@ def test_what_was_not_asked_does_not_count() -> None:
     assert torch.equal(first, noise.sample(30, EVEN, [], generator))
 
 
+@pytest.mark.parametrize("fewer", [True, False])
+def test_rows_that_are_drawn_again_with_other_variances_change_nothing(fewer: bool) -> None:
+    """A wrapper sets another length between a draw and a redraw, and so white noise comes in or goes out."""
+    some = (torch.rand(SHAPE, generator=stream(1)) > 0.5).float()
+    first, second = (EVEN, some) if fewer else (some, EVEN)
+    noise, plain = asked(), asked()
+    for each in (noise, plain):
+        each.sample(30, first, [], stream())
+    noise.sample(5, second, [], stream(7), noted=False)
+    for each in (noise, plain):
+        each.keep()
+    assert torch.equal(*(each.sample(10, first, [], stream(3)) for each in (noise, plain)))
+    assert torch.equal(*(each.sample(10, second, [], stream(4)) for each in (noise, plain)))
+
+
 def test_noise_has_its_variances_and_no_part_across() -> None:
     variances = torch.rand(SHAPE, generator=stream(1)) * (torch.rand(SHAPE, generator=stream(2)) > 0.5)
     noise, generator = asked(), stream()

@@ -121,8 +121,8 @@ def test_without_epsilon_it_ends_where_steps_become_invisible(levels: int | None
     assert of.remaining > 0
 
 
-@pytest.mark.parametrize("epsilon", [None, 0.5])
-@pytest.mark.parametrize(("side", "step"), [(32, 0.02), (96, 0.05)])
+@pytest.mark.parametrize("epsilon", [None, 0.5, 0.2])
+@pytest.mark.parametrize(("side", "step"), [(32, 0.02), (96, 0.05), (224, 0.2)])
 def test_waves_lower_than_half_a_grey_level_show(side: int, step: float, epsilon: float | None) -> None:
     image = (grey((1, side, side)) * 255).round() / 255
     of = task(image, "l2", epsilon=epsilon, budget=60, levels=256)

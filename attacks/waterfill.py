@@ -4,10 +4,10 @@ From the source image x and a boundary point x_b at distance R in direction v, a
 estimates the boundary's normal n from them, and searches the semicircle between x_b and x in the plane of v and the estimate,
 as CGBA does (`cgba.py`). What differs is how few labels it takes:
 
-- **Start.** A climb over the few numbers of a wavelet, or of a piece of a target image (`approach.py`): where the boundary is
-  far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in hundreds. In linf
-  rectangles of it are then turned over while that pays; untargeted, RayS replaces both if nearer (`race.py`). A row brought
-  along races them too.
+- **Start.** A climb over the few numbers of a wavelet in a window, or of a piece of a target image (`approach.py`): where the
+  boundary is far, it turns before a normal has led anywhere, and the climb goes further in 50 labels than normals do in
+  hundreds. In linf rectangles of it are then turned over while that pays; untargeted, RayS replaces both if nearer (`race.py`).
+  A row brought along races them too.
 - **Model.** The part of n across v is a random vector whose coefficients in a basis of colours, frequencies and places
   (`blocks.py`) are independent. Their variances start from a cautious prior (the middle more than the border, colours where
   waves are long), are raised where v has its energy, and are learnt (`spectrum.py`).

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from robustbox.errors import ModelError
 from robustbox.protocol import (
     REJECTED,
     Answer,
@@ -145,3 +146,17 @@ def stubborn(task: Task) -> Search:
 
 
 __all__ = ["Failing", "Gate", "HalfSpace", "NeedsScores", "Scores", "Scripted", "Walk", "images", "stubborn"]
+
+
+class Flaky(BlackBox):
+    """Mixed in before a black box: fails in passes of these numbers, from 1 on, before it has answered anything."""
+
+    def __init__(self, passes: Collection[int]) -> None:
+        super().__init__()
+        self.passes, self.asked = passes, 0
+
+    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
+        self.asked += 1
+        if self.asked in self.passes:
+            raise ModelError("planted")
+        return super().answer(rows, accounts)

@@ -21,7 +21,7 @@ from robustbox.defenses.smoothing import Smoothing
 from robustbox.errors import InputError, ModelError, StorageError
 from robustbox.protocol import BlackBox
 from robustbox.state import Shelf, State
-from tests.defenses.test_gate import GATES, QUERIES, WIDE, Echo, Failing, NearGate, Sent, ask, joined, statuses
+from tests.defenses.test_gate import GATES, QUERIES, WIDE, Echo, FlakyEcho, NearGate, Sent, ask, joined, statuses
 from tests.toys import HalfSpace
 
 SAME = ("rows", "hits", "banned_rows", "accounts", "accounts_hit", "accounts_banned", "first_hit")
@@ -131,7 +131,7 @@ def test_nothing_is_kept_of_the_evaluator_nor_of_whom_a_ban_ends(tmp_path: Path)
 
 def test_a_row_that_got_no_answer_before_the_process_ended_is_judged_anew(tmp_path: Path) -> None:
     """The model fails, the service is started again, and an honest client sends its rows once more."""
-    with kept(StatefulGate(Failing([2]), NearGate(action="ban"), 0), tmp_path / "state") as gate:
+    with kept(StatefulGate(FlakyEcho([2]), NearGate(action="ban"), 0), tmp_path / "state") as gate:
         ask(gate, [(1, 10)])
         with pytest.raises(ModelError):
             ask(gate, [(1, 50), (1, 70), (1, 10)])
@@ -141,7 +141,7 @@ def test_a_row_that_got_no_answer_before_the_process_ended_is_judged_anew(tmp_pa
 
 
 def test_a_row_that_is_sent_again_in_the_same_process_is_kept_once(tmp_path: Path) -> None:
-    with kept(StatefulGate(Failing([1]), NearGate(), 0), tmp_path / "state") as gate:
+    with kept(StatefulGate(FlakyEcho([1]), NearGate(), 0), tmp_path / "state") as gate:
         for _ in range(2):
             with suppress(ModelError):
                 answer = ask(gate, [(1, 50), (1, 70)])

@@ -23,7 +23,7 @@ from robustbox.dispatch import joined
 from robustbox.errors import InputError, ModelError
 from robustbox.models.data import Data
 from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, BlackBox, Query, Search, Task
-from tests.toys import HalfSpace, Scripted, images
+from tests.toys import Flaky, HalfSpace, Scripted, images
 
 SHAPE = (1, 2, 2)
 
@@ -198,18 +198,8 @@ def test_accounts_do_not_meet(queries: list[Sent], strikes: int) -> None:
         assert letters == "".join(x for x, (whose, _) in zip(together, queries, strict=True) if whose == account)
 
 
-class Failing(Echo):
-    """Fails in passes of these numbers, before it has answered anything."""
-
-    def __init__(self, passes: Sequence[int]) -> None:
-        super().__init__()
-        self.passes, self.asked = passes, 0
-
-    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
-        self.asked += 1
-        if self.asked in self.passes:
-            raise ModelError("planted")
-        return super().answer(rows, accounts)
+class FlakyEcho(Flaky, Echo):
+    """An echo that fails."""
 
 
 def patiently(gate: BlackBox, queries: Sequence[Sent], cuts: Sequence[int]) -> Answer:
@@ -225,7 +215,7 @@ def patiently(gate: BlackBox, queries: Sequence[Sent], cuts: Sequence[int]) -> A
 def test_rows_that_are_sent_again_since_the_model_failed_are_judged_once(
     queries: list[Sent], defense: NearGate, failing: set[int]
 ) -> None:
-    gate, calm = (StatefulGate(inner, defense, seed=0) for inner in (Failing([*failing]), Echo()))
+    gate, calm = (StatefulGate(inner, defense, seed=0) for inner in (FlakyEcho([*failing]), Echo()))
     answer, wanted = patiently(gate, queries, ()), ask(calm, queries)
     assert statuses(answer) == statuses(wanted)
     assert torch.equal(answer.labels, wanted.labels)
@@ -236,7 +226,7 @@ def test_rows_that_are_sent_again_since_the_model_failed_are_judged_once(
 def test_noise_before_a_gate_does_not_make_new_rows_of_those_that_are_sent_again() -> None:
     refused = []
     for failing in ([], [2]):
-        gate = NearGate(action="ban").wrap(Failing(failing), 0)
+        gate = NearGate(action="ban").wrap(FlakyEcho(failing), 0)
         box, told = InputNoise(sigma=0.002).wrap(gate, 0), []
         for value in (50, 70, 90):
             rows, one = rows_of([value]), torch.tensor([1])
@@ -249,7 +239,7 @@ def test_noise_before_a_gate_does_not_make_new_rows_of_those_that_are_sent_again
 
 
 def test_a_row_that_failed_is_not_waited_for_for_ever() -> None:
-    gate = StatefulGate(Failing([2]), NearGate(), 0)
+    gate = StatefulGate(FlakyEcho([2]), NearGate(), 0)
     with pytest.raises(ModelError):
         ask(gate, [(1, 50), (2, 50)], [1])
     assert (

@@ -15,6 +15,7 @@ from robustbox.defenses.smoothing import Smoothing, tie
 from robustbox.errors import InputError
 from robustbox.oracle import Oracle
 from robustbox.protocol import ANSWERED, REJECTED, Answer, BlackBox
+from tests.toys import Flaky
 
 
 class Plane(BlackBox):
@@ -119,18 +120,8 @@ def test_no_attack_flips_a_certified_image_within_its_radius() -> None:
         assert revote.answer((image + 6 * direction)[None], account).labels != label
 
 
-class Flaky(Plane):
-    """Fails in passes of these numbers."""
-
-    def __init__(self, passes: set[int]) -> None:
-        super().__init__()
-        self.passes, self.asked = passes, 0
-
-    def answer(self, rows: Tensor, accounts: Tensor) -> Answer:
-        self.asked += 1
-        if self.asked in self.passes:
-            raise rb.ModelError("planted")
-        return super().answer(rows, accounts)
+class FlakyPlane(Flaky, Plane):
+    """A plane that fails."""
 
 
 @pytest.mark.parametrize("failing", [{1}, {2}, {3}, {4}, {6}, {9}, {2, 3, 5, 6}])
@@ -139,7 +130,7 @@ def test_a_gate_behind_sees_each_copy_of_a_row_that_is_sent_again_once(failing: 
     sent = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     told = []
     for passes in (set(), failing):
-        inner = Flaky(passes)
+        inner = FlakyPlane(passes)
         gate = Blacklight(action="ban").wrap(inner, 0)
         box, found = Smoothing(sigma=0.5, n=6, batch=2, alpha=None).wrap(gate, 0), []
         for parts in ([slice(0, 3)], [slice(0, 1), slice(1, 3)]):  # in one pass, and others in two
@@ -157,7 +148,7 @@ def test_a_gate_behind_sees_each_copy_of_a_row_that_is_sent_again_once(failing: 
 
 
 def test_another_row_than_the_one_that_failed_is_voted_on_anew() -> None:
-    box = Smoothing(sigma=0.5, n=6, batch=2, alpha=None).wrap(Flaky({2}), 0)
+    box = Smoothing(sigma=0.5, n=6, batch=2, alpha=None).wrap(FlakyPlane({2}), 0)
     with pytest.raises(rb.ModelError):
         box.answer(rows(0.1), ACCOUNTS[:1])
     calm = Smoothing(sigma=0.5, n=6, batch=2, alpha=None).wrap(Plane(), 0)

@@ -2,7 +2,7 @@
 
     python scripts/bench_waterfill.py                              every contest, every side: hours; goes on where it stopped
     python scripts/bench_waterfill.py --only cifar10 --sides waterfill cgba --images 20
-    python scripts/bench_waterfill.py --only ablation
+    python scripts/bench_waterfill.py --only ablation --seeds 8    so many runs of each side: intervals are narrower
     python scripts/bench_waterfill.py --reference PATH --only cifar10    the authors' CGBA too (a checkout of it)
     python scripts/bench_waterfill.py --speed                      its rows/s over those of `random`, interleaved
     python scripts/bench_waterfill.py --markdown                   measures nothing, prints what is there as tables
@@ -245,7 +245,7 @@ def removed(side: str) -> Generator[None, None, None]:
         yield
 
 
-def measure(contest: Contest, side: Side, args: argparse.Namespace) -> dict[str, Any]:
+def measure(contest: Contest, side: Side, args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One side's run, as plain JSON values."""
     model, images, labels, pool = inputs(contest.data, contest.skip, args.images or contest.images)
     aim: dict[str, Any] = {"targets": (labels + 1) % 10, "pool": pool} if contest.targeted else {}
@@ -259,7 +259,7 @@ def measure(contest: Contest, side: Side, args: argparse.Namespace) -> dict[str,
         budget=args.budget or contest.budget,
         levels=contest.levels,
         attack_options=side[1],
-        seed=args.seed,
+        seed=seed,
         **aim,
     )
     return {
@@ -269,13 +269,13 @@ def measure(contest: Contest, side: Side, args: argparse.Namespace) -> dict[str,
     }
 
 
-def authors(contest: Contest, args: argparse.Namespace) -> dict[str, Any]:
+def authors(contest: Contest, args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The authors' CGBA with its reference settings, in the full space."""
     model, images, _, _ = inputs(contest.data, contest.skip, args.images or contest.images)
     assert isinstance(model, CifarResNet)
     marks = [mark for mark in MARKS if mark <= (args.budget or contest.budget)]
     start = time.process_time()
-    curves = [reference(args.reference, model, image, marks, 1, args.seed) for image in images]
+    curves = [reference(args.reference, model, image, marks, 1, seed) for image in images]
     rows = len(images) * marks[-1] / (time.process_time() - start)
     traces = [[*zip(marks, curve, strict=True)] for curve in curves]
     return {"traces": traces, "rows_per_second": rows, "errors": []}
@@ -289,31 +289,36 @@ def curve(run: Mapping[str, Any], marks: Sequence[int]) -> NDArray[np.float64]:
 
 
 def paired(ours: NDArray[np.float64], theirs: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
-    """The geometric mean over images and marks of theirs / ours, with its 95 % bootstrap interval over images."""
-    logs = np.log(theirs / ours).mean(axis=1)
+    """The geometric mean of theirs / ours [..., images, marks], with its 95 % bootstrap interval over images."""
+    logs = np.log(theirs / ours).mean(axis=-1)
+    logs = logs.reshape(-1, logs.shape[-1]).mean(axis=0)
     draws = np.random.default_rng(seed).choice(logs, (2000, len(logs))).mean(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
 
 
-def show(name: str, contest: Contest, runs: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> None:
-    """The table of a contest."""
+def show(
+    name: str, contest: Contest, runs: Mapping[str, Sequence[Mapping[str, Any]]], args: argparse.Namespace
+) -> None:
+    """The table of a contest: medians over all images and seeds."""
     marks = [mark for mark in MARKS if mark <= (args.budget or contest.budget)]
-    curves = {side: curve(run, marks) for side, run in runs.items()}
-    ours = curves.get(OURS)
+    far = {side: np.stack([curve(run, marks) for run in each]) for side, each in runs.items()}
+    ours = far.get(OURS)
     rows = []
-    for side, run in runs.items():
-        cells = []
-        for k in range(len(marks)):
-            cell = f"{median(curves[side][:, k]):.3g}"
-            if ours is not None and side != OURS:
-                cell += f" ({median(ours[:, k]) / median(curves[side][:, k]):.2f})"
-            cells.append(cell)
-        pair = "" if ours is None or side == OURS else "{:.3f} ({:.3f}-{:.3f})".format(*paired(ours, curves[side]))
-        errors = f", {len(run['errors'])} errors" if run["errors"] else ""
-        rows.append([side, *cells, pair, f"{run['rows_per_second']:,.0f}{errors}"])
-    n = len(next(iter(curves.values())))
-    title = f"{name}: {contest.data}, {contest.norm}, images {contest.skip} to {contest.skip + n}, seed {args.seed}"
+    for side, each in runs.items():
+        middle = [median(far[side][:, :, k].ravel()) for k in range(len(marks))]
+        cells = [f"{distance:.3g}" for distance in middle]
+        pair = ""
+        if ours is not None and side != OURS:
+            ratios = [median(ours[:, :, k].ravel()) / distance for k, distance in enumerate(middle)]
+            cells = [f"{cell} ({ratio:.2f})" for cell, ratio in zip(cells, ratios, strict=True)]
+            pair = "{:.3f} ({:.3f}-{:.3f})".format(*paired(ours, far[side]))
+        errors = sum(len(run["errors"]) for run in each)
+        speed = f"{median([run['rows_per_second'] for run in each]):,.0f}"
+        rows.append([side, *cells, pair, speed + (f", {errors} errors" if errors else "")])
+    n = next(iter(far.values())).shape[1]
+    seeds = f"seeds {args.seed} to {args.seed + args.seeds - 1}" if args.seeds > 1 else f"seed {args.seed}"
+    title = f"{name}: {contest.data}, {contest.norm}, images {contest.skip} to {contest.skip + n}, {seeds}"
     head = ["side", *map(str, marks), "distance over ours, paired (95 %)", "rows/s"]
     if args.markdown:
         lines = [head, ["---"] * len(head), *rows]
@@ -352,6 +357,7 @@ def main() -> None:
     parser.add_argument("--images", type=int)
     parser.add_argument("--budget", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="so many runs of each side, from that seed on")
     parser.add_argument("--reference", type=Path, help="a checkout of the CGBA authors' code")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_waterfill"))
     parser.add_argument("--speed", action="store_true")
@@ -363,21 +369,28 @@ def main() -> None:
     for name, contest in CONTESTS.items():
         if not name.startswith(tuple(args.only)):
             continue
-        folder = args.out / f"{name}-{args.images or contest.images}x{args.budget or contest.budget}-seed{args.seed}"
-        runs: dict[str, Mapping[str, Any]] = {}
-        sides = list(contest.sides) + (["authors' CGBA"] if name == "cifar10" else [])
-        for side in sides:
-            file = folder / f"{side}.json"
+        size = f"{args.images or contest.images}x{args.budget or contest.budget}"
+        runs: dict[str, Sequence[Mapping[str, Any]]] = {}
+        for side in list(contest.sides) + (["authors' CGBA"] if name == "cifar10" else []):
+            files = [
+                args.out / f"{name}-{size}-seed{seed}" / f"{side}.json"
+                for seed in range(args.seed, args.seed + args.seeds)
+            ]
             wanted = not args.markdown and (not args.sides or side in args.sides)
-            if wanted and not file.exists() and (side in contest.sides or args.reference):
-                print(f"{name}: {side}", file=sys.stderr, flush=True)
-                with removed(side):
-                    ours = side in contest.sides
-                    run = measure(contest, contest.sides[side], args) if ours else authors(contest, args)
-                folder.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(run))
-            if file.exists():
-                runs[side] = json.loads(file.read_text())
+            if wanted and (side in contest.sides or args.reference):
+                for seed, file in enumerate(files, args.seed):
+                    if file.exists():
+                        continue
+                    print(f"{name}: {side}, seed {seed}", file=sys.stderr, flush=True)
+                    with removed(side):
+                        if side in contest.sides:
+                            run = measure(contest, contest.sides[side], args, seed)
+                        else:
+                            run = authors(contest, args, seed)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_text(json.dumps(run))
+            if all(file.exists() for file in files):
+                runs[side] = [json.loads(file.read_text()) for file in files]
         if runs:
             show(name, contest, runs, args)
 

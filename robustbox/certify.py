@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -89,6 +90,8 @@ class CertifyConfig:
         Raises:
             InputError: a number that means nothing.
         """
+        if wrong := [radius for radius in self.radii or [] if not 0 <= radius < math.inf]:
+            raise InputError(f"radii must be numbers of at least 0, not {wrong[0]}")
         return Certifier(self.sigma, self.n0, self.n, self.alpha, self.clip, self.batch, self.seed)
 
 

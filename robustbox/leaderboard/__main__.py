@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,7 @@ def _radii(given: Sequence[str]) -> dict[str, list[float]]:
             radii.setdefault(norm, []).append(float(value))
         except ValueError:
             norm = ""
-        if norm not in NORMS or radii[norm][-1] <= 0:
+        if norm not in NORMS or not 0 < radii[norm][-1] < math.inf:
             raise InputError(f"--epsilon takes NORM=VALUE, as l2=1.0; not {word}")
     return radii
 

@@ -266,7 +266,10 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([str(tmp_path), "--out", str(tmp_path / "site")], "no complete run and no entry"),
         ([str(tmp_path / "absent"), "--out", str(tmp_path / "site")], "there is no"),
         ([str(tmp_path)], "--out DIR"),
-        ([str(tmp_path), "--out", "x", "--epsilon", "l3=1"], "NORM=VALUE"),
+        *(
+            ([str(tmp_path), "--out", "x", "--epsilon", word], f"NORM=VALUE, as l2=1.0; not {word}")
+            for word in ("l3=1", "l2=0", "l2=nan", "linf=inf")
+        ),
         (["--verify", str(tmp_path / "other.json")], "no entry of a leaderboard"),
     ]:
         assert main(words) == 2

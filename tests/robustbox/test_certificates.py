@@ -275,6 +275,8 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--sigam", "1"], "did you mean --sigma"),
         (["--defense", "blacklight"], "depends on what was asked before"),
         (["--images", "0"], "--images must be from 1"),
+        (["--radii", "[0.5, -1]"], "radii must be numbers of at least 0, not -1"),
+        (["--radii", "[.inf]"], "radii must be numbers of at least 0, not inf"),
     ):
         assert certify.main([*ARGUMENTS, *words]) == 2
         error = capsys.readouterr().err

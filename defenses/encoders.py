@@ -24,10 +24,8 @@ from .memory import IndexedMemory, Memory, Verdict
 from .neighbours import DenseIndex
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-ROWS_AT_ONCE = 16
-"""Every pass of an encoder has so many rows, blank ones included: kernels differ with the shape, and round differently."""
 DIGITS = 4
-"""Decimal digits of an embedding that are kept, for the same reason."""
+"""Decimal digits of an embedding that are kept: whatever rounds differently shall not show."""
 
 
 class OSDEncoder(nn.Module):
@@ -92,11 +90,19 @@ def encoder(kind: Callable[[], nn.Module], file: str, device: torch.device) -> n
     return module.eval().requires_grad_(False).to(device)
 
 
+def rows_at_once(device: torch.device) -> int:
+    """How many rows every pass of an encoder has, blank ones included: kernels differ with the shape, and round differently.
+
+    Attacks ask many rows alone, and on a CPU blank ones cost what rows cost; elsewhere a pass costs as much whatever its size.
+    """
+    return 1 if device.type == "cpu" else 16
+
+
 def embed(module: nn.Module, rows: Tensor) -> Tensor:
     """Embeddings of rows, [n,D]: in passes of a fixed size and rounded, so that no row's depends on its batch."""
-    found = []
-    for part in rows.clamp(0, 1).split(ROWS_AT_ONCE):
-        blank = part.new_zeros(ROWS_AT_ONCE - len(part), *part.shape[1:])
+    found, size = [], rows_at_once(rows.device)
+    for part in rows.clamp(0, 1).split(size):
+        blank = part.new_zeros(size - len(part), *part.shape[1:])
         found.append(module(torch.cat((part, blank)))[: len(part)])
     return torch.cat(found).mul_(10**DIGITS).round_().div_(10**DIGITS)
 

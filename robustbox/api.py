@@ -240,7 +240,7 @@ def prepare(
     truth = inputs.check_labels(labels, len(clean), box.classes)
     aims = inputs.check_targets(targets, truth, box.classes)
     owned = inputs.check_pool(pool, clean, box, levels)
-    begun = [None if row is None else oracle.round(row) for row in inputs.check_starts(starts, len(clean), box)]
+    begun = [None if row is None else oracle.round(row) for row in inputs.check_starts(starts, clean, box)]
     rules = Rules(
         norm=measured,
         epsilon=epsilon,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,11 +26,12 @@ from robustbox import inputs, setting
 from robustbox.api import load_data
 from robustbox.boxes import as_black_box
 from robustbox.certificates import Certificate, Certifier, certified_share
+from robustbox.claim import ASKED, CERTIFIED, IMAGES, KIND, asked, check_claim, claim
 from robustbox.config import canonical, explained, spelled_out
 from robustbox.environment import environment
 from robustbox.errors import InputError, ModelError, StorageError
 from robustbox.evaluator import undefended
-from robustbox.folder import LOCK, locked, replace_file
+from robustbox.folder import locked
 from robustbox.identity import sha256
 from robustbox.ledger import WrittenLedger
 from robustbox.oracle import Oracle
@@ -38,9 +40,6 @@ from robustbox.statistics import wilson
 
 PROGRAM = "python -m robustbox.certify"
 SCHEMA = 1
-CONFIG, IDENTITY, IMAGES, CERTIFIED = "config.yaml", "identity.json", "images.jsonl", "certified.json"
-ASKED = "rows.txt"
-"""How many rows all sessions asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +90,8 @@ class CertifyConfig:
         Raises:
             InputError: a number that means nothing.
         """
+        if wrong := [radius for radius in self.radii or [] if not 0 <= radius < math.inf]:
+            raise InputError(f"radii must be numbers of at least 0, not {wrong[0]}")
         return Certifier(self.sigma, self.n0, self.n, self.alpha, self.clip, self.batch, self.seed)
 
 
@@ -148,16 +149,18 @@ def run(config: CertifyConfig) -> dict[str, Any]:
     images = inputs.check_images(everything[:n], box)
     labels = inputs.check_labels(classes[:n], n, box.classes)
     rows = n * (config.n0 + config.n)
-    if config.dry_run:
-        print(f"{n} images, at most {rows} rows on the certify ledger; no row was asked")
-        return {}
     folder = Path(config.out or f"certified-{config.model.replace(':', '-').replace('/', '-')}")
     recipes = record_of(chain)
     model = undefended(oracle).box.describe()
     hashes = [sha256(image) for image in images]
     identity = {"weights": model.get("weights_sha256"), "defenses": recipes, "images": hashes}
-    with locked(folder, "certification"), tqdm(total=n, disable=config.quiet or None) as bar:
-        done = _claim(folder, config, name, n, identity)
+    command = _command(config, name, n)
+    check_claim(folder, command, identity)
+    if config.dry_run:
+        print(f"{n} images, at most {rows} rows on the certify ledger; no row was asked")
+        return {}
+    with locked(folder, KIND), tqdm(total=n, disable=config.quiet or None) as bar:
+        done = claim(folder, command, identity)
         bar.update(len(done))
         before = asked(folder, len(done) * (config.n0 + config.n))
         oracle.ledger = WrittenLedger(folder / ASKED, lambda now: str(before + now["certify"]).encode())
@@ -215,45 +218,13 @@ def _radii(certifier: Certifier) -> list[float]:
     return [k * certifier.sigma for k in range(int(certifier.largest / certifier.sigma) + 1)]
 
 
-def asked(folder: Path, least: int = 0) -> int:
-    """The rows that all sessions asked; `least` in a folder that does not say: new, or of an older version."""
-    path = folder / ASKED
-    return int((path.read_text(encoding="utf-8") if path.exists() else "") or least)
-
-
-def _claim(folder: Path, config: CertifyConfig, data: str, n: int, identity: dict[str, Any]) -> list[Certificate]:
-    """Take a folder, new or left by the same command, and give what is certified in it already.
-
-    Args:
-        identity: what the names in the command stand for: those of another one are certificates of something else.
-
-    Raises:
-        InputError: it holds something else, or cannot be written to.
-    """
+def _command(config: CertifyConfig, data: str, n: int) -> str:
+    """What is certified and how, with what was left to defaults, as `config.yaml` says it."""
     import yaml
 
     wanted = {**asdict(config), "data": data, "images": n}
     wanted = {key: value for key, value in wanted.items() if key not in ("out", "quiet", "dry_run", "radii")}
-    text = yaml.safe_dump(wanted, sort_keys=False)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / CONFIG).exists():
-            if any(path.name not in (IDENTITY, LOCK) for path in folder.iterdir()):
-                raise InputError(f"the output folder {folder} holds something else: choose another one")
-            replace_file(folder / IDENTITY, (json.dumps(identity) + "\n").encode())
-            (folder / CONFIG).write_text(text, encoding="utf-8")
-        if (folder / CONFIG).read_text(encoding="utf-8") != text:
-            raise InputError(f"the output folder {folder} holds another certification: choose another one")
-        then = json.loads((folder / IDENTITY).read_text(encoding="utf-8")) if (folder / IDENTITY).exists() else {}
-        if changed := [what for what, value in then.items() if value != json.loads(json.dumps(identity[what]))]:
-            raise InputError(f"the output folder {folder} holds certificates of other {changed[0]}: choose another one")
-        book = folder / IMAGES
-        lines = book.read_text(encoding="utf-8").splitlines(keepends=True) if book.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
-        book.write_text("".join(whole), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"the output folder {folder} cannot be written to: {error.strerror}") from error
-    return [Certificate(*json.loads(line)) for line in whole]
+    return yaml.safe_dump(wanted, sort_keys=False)
 
 
 if __name__ == "__main__":

@@ -273,6 +273,8 @@ def explained(error: argparse.ArgumentError, parser: ArgumentParser) -> InputErr
         return unknown_name("option", _typed(f"--{unknown[1]}"), known)
     if key := re.match(r'Parser key "([\w.]+)": ', message):
         message = f"{_typed('--' + key[1])}: {message[key.end() :]}"
+        if part := re.search(r"NestedArg\(key='([\w.]+)'", message):
+            return unknown_name("option", f"{_typed('--' + key[1])}.{part[1]}", known)
     for pattern, plain in (
         (r"Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: ", r"Expected \1. Got value: "),
         (r"Expected (?:an? )?(.*)\. Got value: ", r"expected \1, got "),

@@ -82,6 +82,10 @@ class Contest:
         thrice = 0 if self._still.box in (bare.box, self.oracle.box) else draws(self._still)
         return {"attack": attack, "verify": n * (2 * draws(self.oracle) + twice + thrice)}
 
+    def keep_books(self, ledger: Counter[str]) -> None:
+        """Count every row on this ledger, from the first one on."""
+        self.oracle.ledger = self._still.ledger = ledger
+
     def check_task(self) -> None:
         """Ask the attack whether it can work on these images at all; no query is spent.
 

@@ -7,6 +7,9 @@ import difflib
 from collections.abc import Iterable
 from typing import NoReturn
 
+_NAMES = 40
+"""Names that a line can hold; timm has a thousand."""
+
 
 class InputError(ValueError):
     """Bad input, found before an attack spent a query. Command lines print it and end with exit code 2."""
@@ -35,8 +38,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> InputError:
-    """The error for a name that does not exist, with the nearest names that do."""
+    """The error for a name that does not exist, with the nearest names that do, or some of all."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+    more = f" and {len(known) - _NAMES} more" if len(known) > _NAMES else ""
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:_NAMES]) or 'none'}{more}"
     return InputError(f"unknown {what} '{name}': {hint}")

@@ -279,6 +279,18 @@ def check_writable(path: Path, what: str) -> None:
         raise InputError(f"the {what} folder {path} cannot be written to")
 
 
+def check_lockable(path: Path, what: str) -> None:
+    """Refuse a folder, made or not, that `locked` would not take now; nothing is made.
+
+    Raises:
+        InputError: another process, of the same kind `what`, works in it; or it cannot be written to.
+    """
+    check_writable(path, f"{what}'s")
+    if (path / LOCK).exists():
+        with locked(path, what):
+            pass
+
+
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """A folder, made where there is none, for one process alone.

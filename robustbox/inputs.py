@@ -130,10 +130,14 @@ def check_seed(seed: Any) -> int:
 def check_pool(
     pool: tuple[Tensor | ArrayLike, Tensor | ArrayLike] | None, images: Tensor, box: BlackBox, levels: int | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The attacker's own images and labels, which may not hold an attacked image as it is transmitted with so many levels."""
+    """The attacker's own images and labels, which may not hold an attacked image as it is transmitted with so many levels.
+
+    Raises:
+        InputError: they do, or are no images of this black box, or of another shape than the attacked ones.
+    """
     if pool is None:
         return None
-    own = check_images(pool[0], box, "pool images")
+    own = _check_alike(check_images(pool[0], box, "pool images"), images, "pool images")
     labels = check_labels(pool[1], len(own), box.classes, "pool labels")
     attacked = {sha256(image) for image in images}
     for index, image in enumerate(rounded(own, levels)):
@@ -142,12 +146,13 @@ def check_pool(
     return own, torch.tensor(labels, device=box.device)
 
 
-def check_starts(starts: Tensor | ArrayLike | None, n: int, box: BlackBox) -> list[Tensor | None]:
+def check_starts(starts: Tensor | ArrayLike | None, images: Tensor, box: BlackBox) -> list[Tensor | None]:
     """Rows [C,H,W] to begin from, one an image; None where there is none, which a row of NaN says.
 
     Raises:
-        InputError: not one row an image, or rows that are no images of this black box.
+        InputError: not one row an image, or rows that are no images of this black box, or of another shape than the images.
     """
+    n = len(images)
     if starts is None:
         return [None] * n
     rows = as_tensor(starts).detach()
@@ -155,9 +160,19 @@ def check_starts(starts: Tensor | ArrayLike | None, n: int, box: BlackBox) -> li
         raise InputError(f"starts must be {n} rows [C,H,W], one an image, not an array of shape {list(rows.shape)}")
     given = (~rows.isnan().flatten(1).all(dim=1)).nonzero().flatten().tolist()
     found: list[Tensor | None] = [None] * n
-    for i, row in zip(given, check_images(rows[given], box, "starts") if given else [], strict=True):
-        found[i] = row
+    if given:
+        begun = _check_alike(check_images(rows[given], box, "starts"), images, "starts")
+        for i, row in zip(given, begun, strict=True):
+            found[i] = row
     return found
+
+
+def _check_alike(rows: Tensor, images: Tensor, what: str) -> Tensor:
+    """Refuse rows that no attack can bring together with the images: a callable does not say what shape it takes."""
+    if rows.shape[1:] != images.shape[1:]:
+        one, other = (" x ".join(map(str, each.shape[1:])) for each in (rows, images))
+        raise InputError(f"{what} are {one}, the attacked images {other} (C x H x W)")
+    return rows
 
 
 def resolve_attack(attack: str | Attack, options: Mapping[str, Any] | None) -> Attack:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from robustbox import inputs, setting
 from robustbox.api import conduct, prepare
+from robustbox.auditing.asked import count_rows
 from robustbox.auditing.cells import FAILURE, Cell
 from robustbox.auditing.world import World
 from robustbox.events import EventLog
@@ -81,7 +82,9 @@ def run_shard(shard: Shard, world: World) -> None:
     if isinstance(arguments["targets"], list):
         arguments["targets"] = arguments["targets"][part]
     contest = prepare(box, images[part], labels[part], **arguments)
-    conduct(contest, shard.folder, need_one=False)  # others may have one
+    with RunFolder(shard.folder, contest.config()) as folder:
+        count_rows(contest, folder, shard.cell.folder)
+        conduct(contest, folder, need_one=False)  # others may have one
 
 
 def merge(cell: Cell, shards: Sequence[Shard], world: World) -> None:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from robustbox import setting
-from robustbox.api import run_attack
+from robustbox.api import conduct, prepare
 from robustbox.config import AttackConfig
 from robustbox.folder import RESULTS, open_run
 from robustbox.loop import Progress
 
+from .asked import count_rows
 from .world import World
 
 FAILURE = "failure.json"
@@ -105,8 +106,9 @@ def _attack(cell: Cell, world: World, watch: Watch | None) -> None:
     n = setting.count(config.images, len(everything))
     arguments = setting.arguments(config, box, everything, classes, n)
     with open_run(cell.folder, config.what_to_run()) as folder:
-        progress = None if watch is None else lambda state: watch(cell, state)
-        run_attack(box, everything[:n], classes[:n], **arguments, out=folder, progress=progress)
+        contest = prepare(box, everything[:n], classes[:n], **arguments)
+        count_rows(contest, folder, cell.folder)
+        conduct(contest, folder, progress=None if watch is None else lambda state: watch(cell, state))
 
 
 def read_cell(folder: Path) -> dict[str, Any] | None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustbox.certify import CERTIFIED, CertifyConfig, asked
+from robustbox.certify import CertifyConfig
 from robustbox.certify import run as certify
+from robustbox.claim import CERTIFIED, asked
 from robustbox.errors import InputError, ModelError
 from robustbox.inputs import resolve_defenses
 from robustbox.oracle import Oracle

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from robustbox.errors import InputError
-from robustbox.folder import CONFIG, JOURNAL, LOCK, RESULTS, check_writable, locked
+from robustbox.folder import CONFIG, JOURNAL, RESULTS, check_lockable
 
 
 def check_no_run(folder: Path) -> None:
@@ -25,7 +25,4 @@ def check_place(folder: Path) -> None:
         InputError: it holds a run, cannot be written to, or another audit is running in it.
     """
     check_no_run(folder)
-    check_writable(folder, "audit's")
-    if (folder / LOCK).exists():
-        with locked(folder, "audit"):
-            pass
+    check_lockable(folder, "audit")

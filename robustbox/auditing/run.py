@@ -17,6 +17,7 @@ from robustbox.errors import InputError
 from robustbox.folder import AUDIT, finite, locked, replace_file
 from robustbox.identity import sha256
 
+from .asked import rows_asked
 from .cells import Cell, Executor, Outcome, Watch, in_turn, read_cell, read_failure, run_cell
 from .certificates import certifications
 from .contents import Contents
@@ -216,17 +217,15 @@ class Audit:
         certified = {each.system.id: its for each in self.certifications if (its := each.document()) is not None}
         radii = sorted({t.radius for t in self.spec.thresholds if t.metric == "certified-accuracy"})
         systems = [
-            system_summary(
-                system, self.seen[system.id], self.plan.of(system), documents, certified.get(system.id), radii
-            )
-            for system in self.plan.systems
+            system_summary(s, self.seen[s.id], self.plan.of(s), documents, certified.get(s.id), radii)
+            for s in self.plan.systems
         ]
         excluded = [each.cell for each in self.plan.excluded]
         found = verdicts(self.spec.thresholds, cells, documents, summaries, systems, excluded)
         device = torch.device("cuda" if torch.cuda.is_available() and self.spec.device == "auto" else "cpu")
         ledgers = [read_asked(self._asked(s)) or self.seen[s.id]["rows"] for s in self.plan.systems]
-        ledgers += [cell["rows"] or {} for cell in summaries.values()]
         ledgers += [each.ledger() for each in self.certifications]
+        ledgers += [{"all": rows_asked(cell.folder, summaries[cell.id]["rows"])} for cell in cells]
         document = {
             "schema": SCHEMA,
             "name": self.spec.name,

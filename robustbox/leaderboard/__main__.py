@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 from robustbox.errors import InputError, ModelError, OneLineParser
 from robustbox.leaderboard.entries import build
+from robustbox.leaderboard.merge import identity_of, merged
 from robustbox.leaderboard.rebuild import cost
 from robustbox.leaderboard.schema import check_entry
 from robustbox.leaderboard.site import write_site
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make(runs: Sequence[Path], out: Path, radii: Mapping[str, Sequence[float]], reports: bool, costs: bool) -> None:
-    """Write entries and pages into a folder; entries that stand there already and have no runs here stay.
+    """Write entries and pages into a folder; entries that stand there already and have no runs here stay, as they are called.
 
     Args:
         runs: folders of runs, audits, certificates and entries, or single files of these.
@@ -55,18 +57,23 @@ def make(runs: Sequence[Path], out: Path, radii: Mapping[str, Sequence[float]], 
         costs: measure what a query costs where that is not known yet.
     """
     sources = find(runs)
-    before = find([out / "entries"]).entries if (out / "entries").is_dir() else {}
-    made = build(sources, radii)
-    by_hash = {run.hashes()["results_sha256"]: run for run in sources.runs}
-    for name, entry in made.items():
-        old = {**before, **sources.entries}.get(name, {})
-        entry["about"] |= {key: value for key, value in old.get("about", {}).items() if key in entry["about"]}
-        entry["cost"] = _cost(entry, old, by_hash, costs)
-    entries = dict(sorted({**before, **sources.entries, **made}.items()))
+    before = find([out / "entries"]).entries if (out / "entries").is_dir() else []
+    for entry in (known := [*before, *sources.entries]):
+        check_entry(entry)
+    due = list(build(sources, radii).values())
+    entries = merged(before, sources.entries, due)
     if not entries:
         raise InputError(f"no complete run and no entry stands under {', '.join(map(str, runs))}")
-    for entry in entries.values():
+    by_hash = {run.hashes()["results_sha256"]: run for run in sources.runs}
+    earlier = {identity_of(entry): entry for entry in known}
+    made = [entry for entry in entries.values() if identity_of(entry) in map(identity_of, due)]
+    for entry in made:
+        old = earlier.get(identity_of(entry), {})
+        entry["about"] |= {key: value for key, value in old.get("about", {}).items() if key in entry["about"]}
+        entry["cost"] = _cost(entry, old, by_hash, costs)
         check_entry(entry)
+        if lost := len(_results(old) - _results(entry)):
+            print(f"{entry['name']} is made again without {lost} of the runs that it named before", file=sys.stderr)
     (out / "entries").mkdir(parents=True, exist_ok=True)
     for name, entry in entries.items():
         (out / "entries" / f"{name}.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
@@ -85,10 +92,15 @@ def _cost(
     return next((found for run in runs if (found := cost(run))), None) if measure else None
 
 
-def _copy_reports(made: Mapping[str, Mapping[str, Any]], by_hash: Mapping[str, Run], out: Path) -> dict[str, str]:
+def _results(entry: Mapping[str, Any]) -> set[str]:
+    """The hashes of the results that an entry stands on."""
+    return {attack["run"]["results_sha256"] for threat in entry.get("threats", ()) for attack in threat["attacks"]}
+
+
+def _copy_reports(made: Sequence[Mapping[str, Any]], by_hash: Mapping[str, Run], out: Path) -> dict[str, str]:
     """Copy runs' reports beside the pages; their addresses by the hash of the results."""
     found = {}
-    for entry in made.values():
+    for entry in made:
         for attack in (attack for threat in entry["threats"] for attack in threat["attacks"]):
             digest = attack["run"]["results_sha256"]
             source = by_hash[digest].path / REPORT
@@ -117,7 +129,7 @@ def _radii(given: Sequence[str]) -> dict[str, list[float]]:
             radii.setdefault(norm, []).append(float(value))
         except ValueError:
             norm = ""
-        if norm not in NORMS or radii[norm][-1] <= 0:
+        if norm not in NORMS or not 0 < radii[norm][-1] < math.inf:
             raise InputError(f"--epsilon takes NORM=VALUE, as l2=1.0; not {word}")
     return radii
 

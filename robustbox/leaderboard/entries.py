@@ -40,9 +40,14 @@ def build(sources: Sources, radii: Mapping[str, Iterable[float]] | None = None) 
     for identity, runs in sorted(groups.items()):
         name = _name(runs[0])
         if names[name] > 1:
-            name += "-" + hashlib.sha256("\0".join(identity).encode()).hexdigest()[:8]
+            name = named_apart(name, identity)
         entries[name] = _entry(name, runs, threats, sources)
     return entries
+
+
+def named_apart(name: str, identity: Sequence[str]) -> str:
+    """The name of an entry where another one, about something else, has the same."""
+    return f"{name}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:8]}"
 
 
 def defense_key(defense: Sequence[Mapping[str, Any]]) -> str:

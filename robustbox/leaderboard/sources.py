@@ -54,13 +54,13 @@ class Sources:
         runs: complete runs.
         certificates: (content of certified.json, its hash).
         benign: false positives of gates on rows that nobody attacked, as audits write them.
-        entries: entries by name.
+        entries: what says of itself that it is one.
     """
 
     runs: list[Run] = field(default_factory=list)
     certificates: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     benign: list[dict[str, Any]] = field(default_factory=list)
-    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    entries: list[dict[str, Any]] = field(default_factory=list)
 
 
 def find(paths: Iterable[Path]) -> Sources:
@@ -122,6 +122,6 @@ def _take(path: Path, root: Path, sources: Sources) -> None:
     else:
         content = read_json(path) if path.parent.name == "entries" or root.is_file() else None
         if isinstance(content, dict) and content.get("kind") == KIND:
-            sources.entries[content["name"]] = content
+            sources.entries.append(content)
         elif root.is_file():
             raise InputError(f"{path} is neither a run's results, nor a certificate, nor an entry of a leaderboard")

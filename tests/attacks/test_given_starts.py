@@ -103,6 +103,13 @@ def test_nes_takes_starts_only_where_it_begins_from_one() -> None:
     assert not box.seen
 
 
+def test_starts_of_another_size_are_refused_where_the_model_tells_none() -> None:
+    box = Plane()
+    with pytest.raises(InputError, match="starts are 1 x 8 x 8, the attacked images 3 x 8 x 8"):
+        run_attack(box, images(2), [0, 0], budget=10, starts=near(2)[:, :1])
+    assert not box.seen
+
+
 @pytest.mark.parametrize(
     ("starts", "complaint"),
     [

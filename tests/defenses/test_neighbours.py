@@ -86,6 +86,15 @@ def test_embeddings_do_not_depend_on_the_batch(gate: OSD | IoTSDM) -> None:
     assert torch.equal(torch.stack(list(gate.prints(rows[order], [here] * 37))), together[order])
 
 
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", [1] * 18), ("meta", [16, 16])])
+def test_passes_of_one_size_and_without_blanks_on_a_cpu(device: str, sizes: list[int]) -> None:
+    """A blank row costs a CPU what a row costs; another device is better off with full passes (`meta` stands for it)."""
+    module, seen = OSDEncoder().to(device), list[int]()
+    module.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    assert embed(module, images(18).to(device)).shape == (18, 256)
+    assert seen == sizes
+
+
 def test_near_images_lie_nearer_than_others(real_data: Path) -> None:
     """The committed encoders on images that neither was trained on: copies against strangers."""
     photos = np.load(real_data / "cifar10_test_dev.npz")["images"][8000:8100]

@@ -74,4 +74,4 @@ def test_a_killed_worker(tmp_path: Path) -> None:
     bought = (tmp_path / "alone.log").stat().st_size
     assert bought < (tmp_path / "two.log").stat().st_size <= bought + in_flight
     assert not (tmp_path / "two" / "shards").exists()
-    assert two.document["rows_asked"] == alone.document["rows_asked"]
+    assert two.document["rows_asked"] == alone.document["rows_asked"] + in_flight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,14 @@ def test_rows_of_looks_that_were_killed_are_counted(tmp_path: Path) -> None:
     assert seen > sum(moments)
     assert document["systems"][0]["preflight"]["rows"] == {"verify": 38}
     assert audited(str(tmp_path / "out"), str(tmp_path / "log"))["rows_asked"] == seen
+
+
+def test_rows_of_cells_that_were_killed_are_counted(tmp_path: Path) -> None:
+    """After a look of 38 rows: in the clean check, whose rows no journal has then, and twice in the attack, which goes on."""
+    moments = (40, 12, 11)
+    work = partial(audited, budget=60)
+    document, seen = killed(work, tmp_path, moments)
+    assert document["rows_asked"] == seen
+    (cell,) = document["cells"]
+    assert cell["status"] == "done"
+    assert seen > 38 + sum(cell["rows"].values())

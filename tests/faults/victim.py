@@ -62,14 +62,14 @@ def certified(folder: str, log: str, kills_at: int | None = None) -> dict[str, A
     return certify.run(config)
 
 
-def audited(folder: str, log: str, kills_at: int | None = None) -> dict[str, Any]:
+def audited(folder: str, log: str, kills_at: int | None = None, budget: int = 5) -> dict[str, Any]:
     """What `audit.json` holds of a service that is wrong about three of four images, and so is asked them in other ways too."""
     torch.set_num_threads(1)
     spec = {
         "models": [{"model": "service", "data": "planted"}],
         "attacks": ["random"],
         "threats": ["linf"],
-        "budgets": [5],
+        "budgets": [budget],
         "preflight": {"images": 4, "copies": 5},
     }
     planted = images(4), torch.tensor([0, 1, 1, 1])

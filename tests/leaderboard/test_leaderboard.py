@@ -114,6 +114,65 @@ def test_rows_of_one_board_are_told_apart(tmp_path: Path) -> None:
     assert all(title == f"planted behind zo-ae-ds [{name}]" for name, title in names.items() if name != plain)
 
 
+def test_an_entry_does_not_take_the_place_of_one_about_something_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it is made of runs or given; each keeps its name and what was written into it when its runs come again."""
+
+    def counts(board: str) -> dict[str, int]:
+        """Images by the entry's name."""
+        its = (json.loads(path.read_text()) for path in (tmp_path / board / "entries").iterdir())
+        return {entry["name"]: entry["images"]["count"] for entry in its}
+
+    def make(board: str, *sources: str) -> int:
+        return main([*(str(tmp_path / each) for each in sources), "--out", str(tmp_path / board), "--no-cost"])
+
+    for images in (1, 2):
+        plant(tmp_path / f"runs-{images}" / "run", [[(3, 0.5)]] * images)
+        assert make("board", f"runs-{images}") == 0
+        assert make(f"board-{images}", f"runs-{images}") == 0
+    apart = next(name for name in counts("board") if name != "planted")
+    assert counts("board") == {"planted": 1, apart: 2}
+    assert re.fullmatch(r"planted-[0-9a-f]{8}", apart)
+    assert (tmp_path / "board" / f"{apart}.html").exists()
+    path = tmp_path / "board" / "entries" / f"{apart}.json"
+    edited = json.loads(path.read_text())
+    edited["about"]["note"] = "by hand"
+    path.write_text(json.dumps(edited))
+    assert make("board", "runs-2") == make("board", "runs-1", "runs-2") == 0
+    assert counts("board") == {"planted": 1, apart: 2}
+    assert json.loads(path.read_text()) == edited
+    assert make("given", "board-1", "board-2") == 0
+    assert counts("given") == {"planted": 1, apart: 2}
+    assert capsys.readouterr().err == ""
+
+
+def test_entries_about_the_same_that_differ_are_refused_unless_runs_decide(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for board, traces, name in (("one", [[(3, 0.5)], []], "cgba"), ("two", [[(3, 0.5)], [(3, 0.5)]], "surfree")):
+        plant(tmp_path / "all" / name, traces, name)
+        assert main([str(tmp_path / "all"), "--out", str(tmp_path / board), "--no-cost"]) == 0
+    boards = [str(tmp_path / "one"), str(tmp_path / "two")]
+    capsys.readouterr()
+    assert main([*boards, "--out", str(tmp_path / "both")]) == 2
+    told = capsys.readouterr().err
+    assert "the entries planted and planted are of the same model, defenses and images, and differ: keep one" in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "both").exists()
+    assert main([*boards, str(tmp_path / "all"), "--out", str(tmp_path / "both"), "--no-cost"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main([str(tmp_path / "all" / "cgba"), "--out", str(tmp_path / "both"), "--no-cost"]) == 0
+    assert capsys.readouterr().err == "planted is made again without 1 of the runs that it named before\n"
+
+
+def test_an_entry_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "entries").mkdir()
+    (tmp_path / "entries" / "own.json").write_text(json.dumps({"kind": "robustbox leaderboard entry"}))
+    assert main([str(tmp_path), "--out", str(tmp_path / "site")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_runs_that_began_from_given_rows_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant(tmp_path / "whole", [[(3, 0.5)]], starts=0)
     plant(tmp_path / "given", [[(1, 0.2)]], starts=1)
@@ -207,7 +266,10 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([str(tmp_path), "--out", str(tmp_path / "site")], "no complete run and no entry"),
         ([str(tmp_path / "absent"), "--out", str(tmp_path / "site")], "there is no"),
         ([str(tmp_path)], "--out DIR"),
-        ([str(tmp_path), "--out", "x", "--epsilon", "l3=1"], "NORM=VALUE"),
+        *(
+            ([str(tmp_path), "--out", "x", "--epsilon", word], f"NORM=VALUE, as l2=1.0; not {word}")
+            for word in ("l3=1", "l2=0", "l2=nan", "linf=inf")
+        ),
         (["--verify", str(tmp_path / "other.json")], "no entry of a leaderboard"),
     ]:
         assert main(words) == 2

@@ -83,6 +83,7 @@ class TestPretrained:
             ("timm:resnet18?weight=random", "unknown option of resnet18 'weight': did you mean weights"),
             ("torchvision:resnet_18", "unknown model of torchvision 'resnet_18': did you mean resnet"),
             ("torchvision:fcn_resnet50", "unknown model of torchvision"),
+            ("timm:zzz", r"unknown model of timm 'zzz': known: (\w+, ){39}\w+ and \d+ more$"),
             ("torchvision:resnet50?weights=IMAGENET1K_V3", "did you mean IMAGENET1K_V"),
         ],
     )

@@ -193,6 +193,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"pool": (ONE, [0]), "levels": 256},
         "pool image 0 is one of the attacked images",
     ),
+    "pool of another size": (
+        {"pool": (ONE[..., 1:], [0])},
+        r"pool images are 3 x 8 x 7, the attacked images 3 x 8 x 8 \(C x H x W\)",
+    ),
+    "pool of another kind": ({"pool": (ONE[:, :1], [0])}, "pool images are 1 x 8 x 8"),
     "seed": ({"seed": 0.5}, "seed must be a whole number"),
     "no pixel": ({"images": ONE[..., :0]}, "no image to attack"),
     "scores of labels": ({"knowledge": "logits"}, "unknown knowledge level"),

@@ -158,6 +158,29 @@ def test_rows_of_a_look_that_was_stopped_stay_counted(end: type[BaseException], 
         assert document["systems"][0]["preflight"]["rows"] == {"verify": 22}
 
 
+@pytest.mark.parametrize(("defenses", "clean"), [(["none"], 4), (["input-noise"], 4 * 25)])
+def test_rows_of_cells_that_fail_stay_counted(defenses: list[str], clean: int, tmp_path: Path) -> None:
+    """Whether the clean check ends them, whose journal goes, or the model does, whose journal goes on."""
+    wrong = HalfSpace(threshold=-1.0)  # about every image
+    for session in range(1, 4):
+        document = audit(tmp_path, {"spy": wrong}, attacks=["random"], defenses=defenses)
+        assert [cell["status"] for cell in document["cells"]] == ["failed"]
+        assert document["rows_asked"] == wrong.rows
+        look = sum(document["systems"][0]["preflight"]["rows"].values())
+        assert wrong.rows == look + session * clean
+
+    def ill(answer: Answer) -> Answer:
+        if sick:
+            raise ConnectionError("the service is down")
+        return answer
+
+    box = Failing(22 + clean + 6, ill)  # the pre-flight takes 22
+    for sick in (True, True, False, False):
+        document = audit(tmp_path, {"spy": box}, "sick", attacks=["random"], defenses=defenses)
+        assert [cell["status"] for cell in document["cells"]] == ["failed" if sick else "done"]
+        assert document["rows_asked"] == box.rows
+
+
 def test_cells_of_another_model_are_not_taken_for_this_ones(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
@@ -632,7 +655,14 @@ def test_an_audit_that_was_killed_goes_on_to_the_same_report(tmp_path: Path, roo
     assert main([path, "--quiet", "--out", str(tmp_path / "whole")]) == 0
     assert {name: (broken / "cells" / name / "results.json").stat().st_mtime_ns for name in done} == before
     one, two = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("broken", "whole"))
+    again = sum(journal(cell)["in_flight"] for cell in broken.glob("cells/*"))  # sent twice, as it was killed
+    assert one.pop("rows_asked") == two.pop("rows_asked") + again
     assert timeless(one) == timeless(two)
+
+
+def journal(cell: Path) -> dict[str, int]:
+    """What a cell's results say of its journal."""
+    return dict(json.loads((cell / "results.json").read_text())["journal"])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from robustbox.certificates import ABSTAINED, Certificate, Certifier, certified_
 from robustbox.defense_file import write_defense
 from robustbox.defenses.bit_depth import BitDepth
 from robustbox.errors import InputError
+from robustbox.folder import locked
 from robustbox.oracle import Oracle
 from robustbox.protocol import REJECTED, Answer, BlackBox
 from tests.schema import check_document
@@ -236,22 +237,46 @@ def test_certificates_of_another_defense_or_other_images_are_not_taken_for_these
 
     images = draw.random((2, 1, 8, 8), dtype=np.float32)
     assert certify.main(written(7, images)) == 0
-    assert certify.main(written(2, images)) == 2
-    assert "holds certificates of other defenses: choose another one" in capsys.readouterr().err
-    assert certify.main(written(7, 1 - images)) == 2
-    assert "holds certificates of other images: choose another one" in capsys.readouterr().err
-    assert certify.main(written(7, images)) == 0
+    for last in ([], ["--dry-run"]):
+        assert certify.main([*written(2, images), *last]) == 2
+        assert "holds certificates of other defenses: choose another one" in capsys.readouterr().err
+        assert certify.main([*written(7, 1 - images), *last]) == 2
+        assert "holds certificates of other images: choose another one" in capsys.readouterr().err
+        assert certify.main([*written(7, images), *last]) == 0
 
 
-def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "file").touch()
+@pytest.mark.parametrize("last", [[], ["--dry-run"]])
+def test_folders_are_refused_before_anything_is_made_there(
+    last: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken, file, running, other = (tmp_path / name for name in ("taken", "file", "running", "other"))
+    taken.mkdir()
+    (taken / "letter").touch()
+    file.touch()
+    assert certify.main([*ARGUMENTS, "--n", "100", "--out", str(other)]) == 0
+    with locked(running, "certification"):
+        for folder, complaint in (
+            (taken, "holds something else"),
+            (file, "cannot be written to"),
+            (file / "below", "cannot be written to"),
+            (running, "another certification is running"),
+            (other, "holds another certification"),
+        ):
+            assert certify.main([*ARGUMENTS, *last, "--out", str(folder)]) == 2
+            error = capsys.readouterr().err
+            assert complaint in error
+            assert error.count("\n") == 1
+    assert [path.name for path in taken.iterdir()] == ["letter"]
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for words, complaint in (
-        (["--out", str(tmp_path / "taken")], "holds something else"),
         (["--sigma", "0"], "sigma must be a positive number"),
         (["--sigam", "1"], "did you mean --sigma"),
         (["--defense", "blacklight"], "depends on what was asked before"),
         (["--images", "0"], "--images must be from 1"),
+        (["--radii", "[0.5, -1]"], "radii must be numbers of at least 0, not -1"),
+        (["--radii", "[.inf]"], "radii must be numbers of at least 0, not inf"),
     ):
         assert certify.main([*ARGUMENTS, *words]) == 2
         error = capsys.readouterr().err

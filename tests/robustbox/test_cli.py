@@ -429,6 +429,7 @@ BAD_WORDS: dict[str, tuple[list[str], str]] = {
     "type of an attack option": (["--attack", "cgba", "--attack.n0", "few"], "--attack.n0: expected int, got few"),
     "norm": (["--norm", "l3"], "--norm: expected one of .*, got l3"),
     "targets": (["--targets", "nxt"], "--targets: expected .*, got nxt"),
+    "part of what has none": (["--model.x", "3"], "unknown option '--model.x': did you mean --model"),
     "stray word": (["cgba"], "'cgba' belongs to no option"),
     "nothing after an option": (["--budget"], "--budget"),
     "config file": (["--config", "nowhere.yaml"], "nowhere.yaml"),

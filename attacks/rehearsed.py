@@ -3,7 +3,8 @@
 A gate without a secret (`piha`, `gwad`, an `osd` whose encoder is public) can be run by anybody who knows that it is there: its
 history is what the attacker sent. So the attacker need not pay to learn what would be refused, nor choose a scale at which
 nearly nothing is. It draws a row again, in private, until the copy takes it, at the least scale at which a share `accept` of
-draws pass: selection in place of noise. A row that cannot be drawn again is moved by a little noise, likewise.
+draws pass: selection in place of noise. A row that cannot be drawn again is moved by a little noise, likewise; in l0, where
+noise would change every pixel, it is sent as it is.
 
 A copy of a gate with a secret (`blacklight`, `qpa`) has another one. What it lets pass is then likely, not certain, to pass.
 
@@ -155,8 +156,9 @@ class Copy:
         """Draw or move rows [n,C,H,W] at these positions until the copy has let each pass, in place."""
         wanted = set(positions)
         waiting = [unit for unit in units(query) if wanted.issuperset(unit)]
-        for attempt in range(self._settings.attempts + 1):
-            last = attempt == self._settings.attempts
+        attempts = 0 if query.redraw is None and self._task.norm == "l0" else self._settings.attempts
+        for attempt in range(attempts + 1):
+            last = attempt == attempts
             left = self.refused(rows, waiting, sent=last)
             self._follow(query, len(waiting) - len(left), len(waiting), first=attempt == 0)
             waiting = left

@@ -238,6 +238,19 @@ def test_the_copy_remembers_no_half_of_a_pair_that_is_drawn_again() -> None:
     assert torch.equal(torch.stack(memory.rows), torch.cat([image[None], sent]))
 
 
+@pytest.mark.usefixtures("public")
+@pytest.mark.parametrize("name", ["one-pixel-fast", "pixel-exhaustive"])
+def test_in_l0_rows_are_sent_as_they_are(name: str) -> None:
+    """The copy refuses them all; noise would change every pixel, so that none would lie in the ball."""
+    rows = []
+    for attack, options in ((name, {}), (f"rehearsed:{name}", {"gate": "never"})):
+        box = Plane()
+        run_attack(box, images(1), [0], attack, norm="l0", epsilon=2, budget=150, attack_options=options)
+        rows.append(box.rows)
+    assert len(rows[0]) > 100
+    assert torch.equal(rows[0], rows[1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

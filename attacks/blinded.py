@@ -1,16 +1,18 @@
 """Query blinding by shifts: each row is moved by a few pixels before it is sent, so that similar rows look different to a gate.
 
 Fingerprints that are tied to positions (Blacklight's with a salt for each pixel: a roll by one pixel leaves 1.6 of 50 windows)
-miss a shifted copy, and most classifiers do not care about a shift. The attack is told the answer to the shifted row.
+miss a shifted copy, and most classifiers do not care about a shift. The attack is told the answer to the shifted row, unless
+the row itself was asked and answered, too.
 
 What is sent is what counts: a shifted row is far from the image, and no adversarial in the books. So when the attack reaches
 its goal by a row nearer to the image than any that was confirmed (with an epsilon: by a row inside the ball), that row itself
-is asked, too.
+is asked: of several the nearest first, until one is confirmed or refused. A refused one tells nothing.
 
 A refused row can be drawn again: with another shift, and by the attack where it draws one. So `oars:blinded:NAME` is OARS with
 shifts as a second means.
 
-Query cost: that of the attack, and 1 row for each confirmation.
+Query cost: that of the attack, and 1 row for each confirmation that is tried: at most one for each row that reached the goal
+shifted.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from robustbox.errors import InputError
 from robustbox.protocol import Answer, Query, Search, Task
 from robustbox.records import inside
 
-from .wrapper import Wrapper, relayed, wrapped
+from .wrapper import Collected, Wrapper, relayed, wrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +60,22 @@ class Blinded(Wrapper):
         def ask(query: Query) -> Generator[Query, Answer, Answer]:
             nonlocal wanted
             answer, rows = yield from self._ask(task, query)
-            reached = task.reached(answer).to(rows.device)
-            if reached.any():
-                far = distance(rows - task.image, task.norm).where(reached, torch.inf)
-                nearest, which = far.min(dim=0)
-                radius = float(nearest)
-                if radius < wanted and inside(radius, task.epsilon):
-                    confirmed = yield Query(rows[which][None], "step")
-                    if task.reached_any(confirmed):
-                        wanted = radius * (1 - self.gain)
-            return answer
+            reached = task.reached(answer)
+            far = distance(rows - task.image, task.norm).cpu().where(reached, torch.inf)
+            told = Collected(len(rows))
+            told.put(list(range(len(rows))), answer)
+            for which in far.argsort(stable=True).tolist():
+                radius = float(far[which])
+                if not (radius < wanted and inside(radius, task.epsilon)):
+                    break
+                own = yield Query(rows[which][None], "step")
+                if task.reached_any(own):
+                    wanted = radius * (1 - self.gain)
+                    break
+                if own.status.any():
+                    break
+                told.put([which], own)
+            return told.answer()
 
         return relayed(self.inner().search(task), ask)
 

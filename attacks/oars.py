@@ -15,7 +15,8 @@ parity="wide" (default) differs from the paper's code in this:
 - A value that was found goes on to follow the gate, upwards (`calibration.py`). Where accounts are banned, every refusal
   counts, trials lean to the safe side, and few rows are asked at a time.
 - Rows that cannot be drawn again (line searches, most steps) are guarded (`spacing.py`): moved by a little noise where they
-  would come too near to earlier ones, or not asked at all. So attacks without knobs pass, too.
+  would come too near to earlier ones, or not asked at all. So attacks without knobs pass, too. Not in l0, where noise
+  would change every pixel: there such rows are asked as they are.
 - With `scatter` probes differ in scale and come in random order. Probes that are drawn independently at one scale make steps
   whose cosines crowd at -1/2; at scales that differ the cosines spread as those of unrelated images do, at no cost.
 - With `scout` the search for a value has rows and an account of its own: on decoys, images of the pool, so that the
@@ -55,8 +56,8 @@ class OARS(Wrapper):
         chunk: rows asked at a time while a scale is in doubt.
         rounds: times that a refused row is drawn again, and a row that cannot be is moved.
         give_up: refused rows in a row after which the search ends.
-        guard: what becomes of rows that cannot be drawn again and come too near to earlier ones: jitter (moved by noise), skip
-            (not asked; the attack is told that they were refused), or off.
+        guard: what becomes of rows that cannot be drawn again and come too near to earlier ones: jitter (moved by noise; off in
+            l0), skip (not asked; the attack is told that they were refused), or off.
         scout: search for scales on an account and on images of its own, apart from the attack.
         scatter: draw each probe at a scale of its own, this being the standard deviation of the scales' logarithm, and send
             them in random order: against gates that watch how queries move (`gwad`, which 0.35 blinds).

@@ -13,7 +13,7 @@ from torch import Tensor
 from robustbox.protocol import ANSWERED, BANNED, REJECTED, Answer, Kind, Knob, Query, Search, Task
 
 from .calibration import REFERENCE_ROUNDS, Bounds, Dial, reference_bounds
-from .spacing import Keeper
+from .spacing import Guard, Keeper
 from .wrapper import Collected, Unit, relayed, units
 
 if TYPE_CHECKING:
@@ -34,9 +34,12 @@ class Passage:
     def __init__(self, settings: OARS, task: Task) -> None:
         self._settings, self._task, self._attack = settings, task, settings.wraps.name.rpartition(":")[2]
         self._reference = settings.parity == "reference"
-        self._moves = MOVES if settings.guard == "jitter" and not self._reference else 0
+        # Noise changes every pixel: in l0 a row that it moves is another one, far outside the ball.
+        unfit = self._reference or (settings.guard == "jitter" and task.norm == "l0")
+        guard: Guard = "off" if unfit else settings.guard
+        self._moves = MOVES if guard == "jitter" else 0
         self._rounds = REFERENCE_ROUNDS.get(self._attack, settings.rounds) if self._reference else settings.rounds
-        self._keeper = Keeper(task, "off" if self._reference else settings.guard)
+        self._keeper = Keeper(task, guard)
         self._dials: dict[Knob, Dial] = {}
         self._epoch = 0  # changes whenever a knob does
         self._learnt: set[Dial | None] = set()  # which told the keeper how far apart rows must be

@@ -3,7 +3,8 @@
 A gate without a secret (`piha`, `gwad`, an `osd` whose encoder is public) can be run by anybody who knows that it is there: its
 history is what the attacker sent. So the attacker need not pay to learn what would be refused, nor choose a scale at which
 nearly nothing is. It draws a row again, in private, until the copy takes it, at the least scale at which a share `accept` of
-draws pass: selection in place of noise. A row that cannot be drawn again is moved by a little noise, likewise.
+draws pass: selection in place of noise. A row that cannot be drawn again is moved by a little noise, likewise; in l0, where
+noise would change every pixel, it is sent as it is. The rows of a query are sent in the order in which the copy took them.
 
 A copy of a gate with a secret (`blacklight`, `qpa`) has another one. What it lets pass is then likely, not certain, to pass.
 
@@ -35,7 +36,7 @@ from robustbox.errors import InputError
 from robustbox.protocol import Answer, Knob, Query, Search, Task
 
 from .spacing import LEAST, MOST, moved
-from .wrapper import Unit, Wrapper, relayed, units, wrapped
+from .wrapper import Collected, Unit, Wrapper, relayed, units, wrapped
 
 CLIMB, MANY = 1.5, 4
 """By how much a scale grows at an attempt before anything passed at it; draws from which on a share is taken as it is."""
@@ -112,19 +113,26 @@ class Copy:
         self._length = _Scale(LEAST * root / 8, MOST * root, settings.accept)  # of the noise that moves a row
 
     def ask(self, query: Query) -> Generator[Query, Answer, Answer]:
-        """Ask rows that the copy lets pass in place of the query's; they can be drawn again if the query's can."""
-        rows = query.rows.clone()
+        """Ask rows that the copy lets pass in place of the query's; they can be drawn again if the query's can.
 
-        def again(positions: list[int]) -> Tensor:
+        They are sent in the order in which the copy took them, since a gate may judge a row by the one before it.
+        """
+        rows = query.rows.clone()
+        order = self._settle(query, rows, list(range(len(rows))))
+
+        def again(places: list[int]) -> Tensor:
             assert query.redraw is not None
+            positions = [order[place] for place in places]
             rows[positions] = query.redraw(positions)
             self._settle(query, rows, positions)
             return rows[positions]
 
-        self._settle(query, rows, list(range(len(rows))))
         redraw = again if query.redraw is not None else None
-        answer = yield Query(rows.clone(), query.kind, redraw, (), query.groups, query.account)
-        return answer
+        groups = None if query.groups is None else tuple(query.groups[position] for position in order)
+        answer = yield Query(rows[order], query.kind, redraw, (), groups, query.account)
+        collected = Collected(len(rows))
+        collected.put(order, answer)
+        return collected.answer()
 
     @torch.no_grad()
     def refused(self, rows: Tensor, asked: list[Unit], sent: bool = False) -> list[Unit]:
@@ -151,17 +159,24 @@ class Copy:
             self._histories.store(history, fingerprint, verdict, None)
         return fine
 
-    def _settle(self, query: Query, rows: Tensor, positions: list[int]) -> None:
-        """Draw or move rows [n,C,H,W] at these positions until the copy has let each pass, in place."""
-        wanted = set(positions)
+    def _settle(self, query: Query, rows: Tensor, positions: list[int]) -> list[int]:
+        """Draw or move rows [n,C,H,W] at these positions until the copy has let each pass, in place.
+
+        Returns:
+            the positions in the order in which the copy remembers their rows.
+        """
+        wanted, order = set(positions), list[int]()
         waiting = [unit for unit in units(query) if wanted.issuperset(unit)]
-        for attempt in range(self._settings.attempts + 1):
-            last = attempt == self._settings.attempts
+        attempts = 0 if query.redraw is None and self._task.norm == "l0" else self._settings.attempts
+        for attempt in range(attempts + 1):
+            last = attempt == attempts
             left = self.refused(rows, waiting, sent=last)
+            refused = set() if last else set(left)
+            order += [position for unit in waiting if unit not in refused for position in unit]
             self._follow(query, len(waiting) - len(left), len(waiting), first=attempt == 0)
             waiting = left
             if not waiting or last:
-                return
+                break
             again = [position for unit in waiting for position in unit]
             if query.redraw is not None:
                 rows[again] = query.redraw(again)
@@ -170,6 +185,7 @@ class Copy:
                 rows[again] = torch.cat(
                     [moved(self._task, query.rows[p : p + 1], length, self._generator) for p in again]
                 )
+        return order
 
     def _follow(self, query: Query, passed: int, drawn: int, first: bool) -> None:
         """Take how many draws passed; the first ones of a query that cannot be drawn again were not moved."""

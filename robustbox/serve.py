@@ -145,15 +145,15 @@ def build(config: ServeConfig) -> Service:
     limits = Limits(rows=config.request_rows, megabytes=config.request_megabytes)
     service = Service(box, Accounts(clients, config.budget), limits, config.fuse)
     if config.state is not None:
-        nothing = InputError("--state keeps what defenses remember of accounts, and none here does: leave it out")
         if box.noticed(0) is None:
-            raise nothing
+            raise InputError("--state keeps what defenses remember of accounts, and none here does: leave it out")
         names = [[recipe.name, recipe.options()] for recipe in defenses]
         identity = {"defenses": names, "seed": config.seed, "input shape": box.input_shape, "classes": box.classes}
         state = service.held.enter_context(contextlib.closing(State(config.state, identity)))
         box.persist(state)
         if not state.shelves:
-            raise nothing
+            service.held.close()
+            raise InputError(f"--state: what {box.name} remembers of accounts cannot be kept in a file: leave it out")
     return service
 
 

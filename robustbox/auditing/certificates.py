@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from robustbox.protocol import Defense
 from .plan import System, data_of
 from .preflight import Subject
 from .spec import AuditSpec, CertifyEntry, matches
-from .systems import subject_of
 from .world import World
 
 
@@ -64,8 +63,10 @@ class Certification:
         return None
 
 
-def certifications(spec: AuditSpec, systems: list[System], world: World, out: Path) -> Iterator[Certification]:
-    """What the audit's `certify` entries ask for.
+def certifications(
+    spec: AuditSpec, systems: list[System], subject_of: Callable[[System], Subject], world: World, out: Path
+) -> Iterator[Certification]:
+    """What the audit's `certify` entries ask for; `subject_of` gives a system as the pre-flight looks at it.
 
     Raises:
         InputError: two entries for one defended model, a model that has no registered name, options of a defense, or what no
@@ -80,7 +81,7 @@ def certifications(spec: AuditSpec, systems: list[System], world: World, out: Pa
             raise InputError(f"{system.id} is to be certified twice: one entry of `certify` for each defended model")
         if system.model.model in world.models:
             raise InputError(f"{system.id} cannot be certified: it takes a registered model")
-        entry, subject = entries[0], subject_of(system, spec, world)
+        entry, subject = entries[0], subject_of(system)
         config: dict[str, Any] = {
             "model": system.model.model,
             "data": data_of(system.model),

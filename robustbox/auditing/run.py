@@ -104,7 +104,7 @@ class Audit:
         self.contents = Contents(spec, world)
         self._subjects: dict[str, Subject] = {}
         self._digests: dict[str, str] = {}
-        self.certifications = list(certifications(spec, self.plan.systems, world, self.folder))
+        self.certifications = list(certifications(spec, self.plan.systems, self._subject, world, self.folder))
         self.seen: dict[str, dict[str, Any]] = {}
 
     def check_folder(self) -> None:

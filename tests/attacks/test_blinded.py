@@ -59,6 +59,44 @@ def test_what_counts_is_the_row_itself() -> None:
     assert inside.success.all()
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_where_the_row_itself_was_answered_that_is_told(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All shifted rows reach the goal; of the rows themselves only the third that is asked does, unless it is refused."""
+    told: list[tuple[Tensor, Answer]] = []
+    monkeypatch.setattr("robustbox.registry.load", lambda kind, name: Prober)
+    of, sent = task(torch.full((3, 6, 7), 0.5), budget=100), list[Tensor]()
+
+    def answers(rows: Tensor) -> Answer:
+        sent.append(rows)
+        asked = len(sent) - 4  # after the first row, shifted and itself, and five rows shifted
+        labels, status = torch.tensor([int(len(rows) > 1 or asked in (-3, 2))] * len(rows)), torch.zeros(len(rows))
+        if refused and asked == 2:
+            status[0] = REJECTED
+        return Answer(labels, None, status.to(torch.uint8))
+
+    search = wrapped(Blinded, "blinded", "prober")(told=told, size=5).search(of)
+    drive(search, of, answers)
+    rows, answer = told[0]
+    assert [len(part) for part in sent[:6]] == [1, 1, 5, 1, 1, 1]
+    near = (rows - of.image).flatten(1).norm(dim=1).argsort()
+    assert torch.equal(torch.cat(sent[3:6]), rows[near[:3]])
+    assert answer.labels[near].tolist() == [0, 0, 1, 1, 1]
+    assert not answer.status.any()
+
+
+@pytest.mark.parametrize("name", ["one-pixel-fast", "pixel-exhaustive", "random-pixels"])
+def test_no_search_ends_with_a_success_of_a_shifted_row_alone(name: str) -> None:
+    """A dark pixel decides, and every shift brings a bright one to its place: what holds is found as without shifts."""
+    image = torch.full((1, 1, 8, 8), 0.8)
+    image[..., 3, 5] = 0.0
+
+    def model(rows: Tensor) -> Tensor:
+        return torch.stack((-rows[:, 0, 3, 5], rows[:, 0, 3, 5] - 0.8), dim=1)
+
+    found = run_attack(model, image, [0], f"blinded:{name}", norm="l0", epsilon=1, budget=400)
+    assert found.success.all()
+
+
 def test_a_refused_row_is_drawn_again_with_another_shift() -> None:
     attack = resolve_attack("blinded:random", {"batch": 5})
     of = task(torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0)), budget=100)

@@ -238,6 +238,21 @@ def test_the_guard_saves_the_refusals_of_a_line_search(monkeypatch: pytest.Monke
     assert rows == 11 + refused
 
 
+@pytest.mark.parametrize("name", ["one-pixel-fast", "pixel-exhaustive", "random-pixels"])
+@pytest.mark.parametrize("guard", ["jitter", "skip", "off"])
+def test_in_l0_no_row_leaves_the_ball(guard: str, name: str) -> None:
+    """Noise changes every pixel: the guard moves nothing there, and the attack asks what it asks without OARS."""
+    rows, options = [], {"guard": guard}
+    for attack, theirs in ((name, {}), (f"oars:{name}", options)):
+        box, of = Guarded(1.3), images(1)
+        found = run_attack(box, of, [0], attack, norm="l0", epsilon=2, budget=250, attack_options=theirs)
+        assert found.rejected[0] > 0
+        assert (box.rows != of).any(dim=1).sum(dim=(1, 2)).max() <= 2
+        rows.append(box.rows)
+    if guard != "skip" and name != "random-pixels":  # those are drawn again
+        assert torch.equal(rows[0], rows[1])
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 def test_scatter_makes_probes_move_as_unrelated_images_do(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cosines of the steps from row to row, as gwad takes them; and each row's scale is its own."""
@@ -310,9 +325,12 @@ def test_accounts_last_longer() -> None:
 
 @pytest.mark.parametrize("name", ["oars:cgba", "oars:random", "oars:blinded:cgba"])
 def test_refused_rows_carry_no_information(name: str) -> None:
+    """Blinded behind a plane that no shift moves: where shifts do, few rows hold unshifted, and searches find no start."""
     rows = []
     for garbage in (0.0, 7.0, torch.nan):
         box = Guarded(0.15, garbage=garbage)
+        if "blinded" in name:
+            box.normal = torch.full(SHAPE, math.prod(SHAPE) ** -0.5)
         result = run_attack(box, images(2), [0, 0], name, budget=400)
         assert not any(result.errors), result.errors
         assert result.rejected.min() > 0

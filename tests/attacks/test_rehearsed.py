@@ -52,6 +52,13 @@ class Never(Apart):
     spacing: float = 100.0
 
 
+class Turns(Apart):
+    """Takes a row for the one before it only."""
+
+    def memory(self, secret: None) -> Memory:
+        return Newest(self.spacing)
+
+
 class Rows(Memory):
     """All rows, for their distances."""
 
@@ -75,13 +82,20 @@ class Rows(Memory):
         return len(self.rows)
 
 
+class Newest(Rows):
+    """All rows, for the distance of the last one."""
+
+    def judge(self, print: Tensor) -> Verdict:
+        return Verdict(any(float(torch.dist(print, other)) < self._spacing for other in self.rows[-1:]), -1)
+
+
 @pytest.fixture
 def public(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Apart` and `Prober` by name."""
+    """The gates above and `Prober` by name."""
     load = registry.load
 
     def found(kind: str, name: str) -> Any:
-        known = {"apart": Apart, "never": Never, "prober": Prober}
+        known = {"apart": Apart, "never": Never, "turns": Turns, "prober": Prober}
         return known[name] if name in known else load(kind, name)
 
     monkeypatch.setattr(registry, "load", found)
@@ -236,6 +250,51 @@ def test_the_copy_remembers_no_half_of_a_pair_that_is_drawn_again() -> None:
     memory = copy.history.memory
     assert isinstance(memory, Rows)
     assert torch.equal(torch.stack(memory.rows), torch.cat([image[None], sent]))
+
+
+@pytest.mark.usefixtures("public")
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rows_are_sent_in_the_order_in_which_the_copy_took_them(pairs: bool) -> None:
+    """A gate that judges a row by the one before it refuses none of what the copy let pass; answers go where they belong."""
+    attack = resolve_attack("rehearsed:random", {"gate": "turns"})
+    assert isinstance(attack, Rehearsed)
+    image = torch.zeros(3, 8, 8)
+    copy, box = Copy(attack, task(image)), Turns().wrap(Plane(), 0)
+    levels = [0.1, 0.1, 0.9, 0.5] if pairs else [0.1, 0.1, 0.9]  # pairs: the middle two, together
+    fresh = iter([0.1, 0.2, 0.7] if pairs else [0.1, 0.3])
+    drawn = list[list[int]]()
+
+    def redraw(positions: list[int]) -> Tensor:
+        drawn.append(positions)
+        return torch.stack([torch.full_like(image, next(fresh)) for _ in positions])
+
+    rows = torch.stack([torch.full_like(image, level) for level in levels])
+    query = Query(rows, "probe", redraw, groups=(0, 1, 1, 2) if pairs else None)
+    asking = copy.ask(query)
+    sent = next(asking)
+    assert sent.rows[:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.5, 0.1, 0.2] if pairs else [0.1, 0.9, 0.1])
+    assert sent.groups == ((0, 2, 1, 1) if pairs else None)
+    assert not box.answer(sent.rows, torch.zeros(len(rows))).status.any()
+    assert sent.redraw is not None
+    again = sent.redraw([1])
+    assert float(again[0, 0, 0, 0]) == pytest.approx(0.7 if pairs else 0.3)
+    assert drawn[-1] == ([3] if pairs else [2])  # where the attack knows the row that was sent second
+    with pytest.raises(StopIteration) as told:
+        asking.send(Answer.of(torch.arange(len(rows))))
+    assert told.value.value.labels.tolist() == ([0, 2, 3, 1] if pairs else [0, 2, 1])
+
+
+@pytest.mark.usefixtures("public")
+@pytest.mark.parametrize("name", ["one-pixel-fast", "pixel-exhaustive"])
+def test_in_l0_rows_are_sent_as_they_are(name: str) -> None:
+    """The copy refuses them all; noise would change every pixel, so that none would lie in the ball."""
+    rows = []
+    for attack, options in ((name, {}), (f"rehearsed:{name}", {"gate": "never"})):
+        box = Plane()
+        run_attack(box, images(1), [0], attack, norm="l0", epsilon=2, budget=150, attack_options=options)
+        rows.append(box.rows)
+    assert len(rows[0]) > 100
+    assert torch.equal(rows[0], rows[1])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,10 @@ from robustbox.audit import main
 from robustbox.auditing.cells import Cell, Outcome, Work, run_cell
 from robustbox.auditing.junit import complaint
 from robustbox.auditing.loading import load
+from robustbox.auditing.plan import System
+from robustbox.auditing.preflight import Subject
 from robustbox.auditing.run import Audit
+from robustbox.auditing.systems import subject_of
 from robustbox.auditing.world import World
 from robustbox.defense_file import write_defense
 from robustbox.defenses.bit_depth import BitDepth
@@ -589,6 +592,23 @@ def test_a_smoothed_model_is_certified_as_it_is(tmp_path: Path) -> None:
         spec = {**alone, "defenses": ["none", *alone["defenses"]], "certify": [{"defenses": "smoothing", **wrong}]}
         with pytest.raises(InputError, match=says):
             Audit(load(written(tmp_path, **spec)), tmp_path / says, World())
+
+
+def test_a_defended_model_is_made_ready_once_for_looks_and_certificates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def noting(system: System, *rest: Any) -> Subject:
+        made.append(system.id)
+        return subject_of(system, *rest)
+
+    for module in ("run", "certificates"):
+        monkeypatch.setattr(f"robustbox.auditing.{module}.subject_of", noting, raising=False)
+    spec: dict[str, Any] = {"attacks": ["square"], "certify": [{"sigma": 0.1, "n0": 5, "n": 20}]}
+    audit = Audit(load(written(tmp_path, **spec)), tmp_path / "out", World())
+    audit.estimate()
+    assert len(audit.certifications) == len(audit.plan.systems) == len(made) == len(set(made))
 
 
 @pytest.mark.parametrize(

@@ -446,6 +446,25 @@ def test_bad_input_is_one_line_and_exit_code_2(words: list[str], line: str, caps
     assert len(told.splitlines()) == 1
 
 
+def test_a_state_for_what_keeps_nothing_in_files_is_another_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A black box of one's own that watches accounts, but knows no `persist`; the file is given back."""
+
+    class Watching(HalfSpace):
+        def noticed(self, account: int) -> tuple[int, int]:
+            return 0, 0
+
+    monkeypatch.setattr("robustbox.serve.as_black_box", lambda model, device: Watching())
+    state = tmp_path / "state"
+    assert main(["--state", str(state)]) == 2
+    told = capsys.readouterr().err
+    assert "what half-space remembers of accounts cannot be kept in a file: leave it out" in told
+    assert len(told.splitlines()) == 1
+    with sqlite3.connect(state, timeout=0, isolation_level=None) as database:
+        database.execute("BEGIN EXCLUSIVE")
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [

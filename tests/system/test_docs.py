@@ -1,13 +1,16 @@
-"""The table of attacks in the documentation is that of the classes."""
+"""The tables in the documentation are those of the classes, and of the cells that were run."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from robustbox import list_attacks, registry
 
-PAGE = Path(__file__).parents[2] / "docs/attacks.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/attacks.md"
 
 
 def test_the_table_of_attacks_is_true() -> None:
@@ -27,3 +30,15 @@ def test_the_table_of_attacks_is_true() -> None:
         assert tuple(re.findall(r"`([\w-]+)`", knobs)) == attack.knobs, name
         assert cost, name
         assert source, name
+
+
+def test_the_table_of_gates_is_that_of_its_cells(tmp_path: Path) -> None:
+    """What a gate remembers is measured where it does not depend on the attack: once for each gate."""
+    command = [sys.executable, "scripts/eval_stateful.py", "--render", "--table", str(tmp_path / "table.md")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    page = (tmp_path / "table.md").read_text()
+    assert page == (ROOT / "docs/stateful-table.md").read_text()
+    attacks, gates = page.split("## Benign queries")
+    assert "bytes" not in attacks
+    figures = re.findall(r"^\| ([\w-]+) \|.* ([\d,]+) \|$", gates, flags=re.MULTILINE)
+    assert [name for name, _ in figures] == ["blacklight", "piha", "osd", "qpa", "gwad", "blacklight-keyed"]

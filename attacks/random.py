@@ -31,6 +31,8 @@ from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import Attack, Norm, Query, Search, Task
 
+from .balls import fill, whole
+from .levels import dither
 from .moves import bisect_arc
 from .subspaces import Subspace, sampler
 
@@ -63,11 +65,12 @@ class RandomSearch(Attack):
             raise InputError(f"tolerance must be between 0 and 1, got {self.tolerance}")
 
     def search(self, task: Task) -> Search:
-        whole = float(distance(torch.ones_like(task.image)[None], task.norm))
-        radius = whole if task.epsilon is None else task.epsilon
-        least = 1.0 if task.norm == "l0" else 1e-3 * whole  # nothing is left to gain below
+        width = float(distance(torch.ones_like(task.image)[None], task.norm))
+        radius = width if task.epsilon is None else task.epsilon
+        thresholds = dither(task) if task.norm == "l2" else None
+        least = 1.0 if task.norm == "l0" else 1e-3 * width  # nothing is left to gain below
         while task.epsilon is not None or radius >= least:
-            rays = self._rays(task)
+            rays = self._rays(task, thresholds)
             answer = yield Query(rays.at(radius))
             reached = task.reached(answer)
             if task.epsilon is None and reached.any():
@@ -76,7 +79,7 @@ class RandomSearch(Attack):
                 radius = yield from bisect_arc(task, ray.at, radius, 0.0, tolerance)
                 radius = math.ceil(radius) - 1 if task.norm == "l0" else radius * (1 - self.tolerance)
 
-    def _rays(self, task: Task) -> Rays:
+    def _rays(self, task: Task, thresholds: Tensor | None) -> Rays:
         """One batch: noise, and in every second place an image of the pool where it holds some that fit."""
         image, generator = task.image, task.generator
         channels, height, width = image.shape
@@ -96,7 +99,7 @@ class RandomSearch(Attack):
         if (rivals := _rivals(task, self.batch // 2)) is not None:
             deltas[1::2] = rivals - image
             lengths[1::2] = limits[1::2] = distance(deltas[1::2], task.norm)
-        return Rays(image, task.levels, deltas, order, lengths, limits)
+        return Rays(task, deltas, order, lengths, limits, thresholds)
 
 
 @dataclass(frozen=True)
@@ -104,39 +107,43 @@ class Rays:
     """n rays from one image.
 
     Args:
-        image: [C,H,W].
-        levels: grey levels of the threat model: perturbations are rounded towards 0, or rounding would leave the ball.
+        task: their image, its norm and its grey levels.
         deltas: [n,C,H,W], the directions; l0: what is added to a changed pixel.
         order: l0: the place of each pixel in the order of change, [n,1,H,W]; else None.
         lengths: norms of deltas, [n].
         limits: radius at which a ray ends, [n]: an image of the pool, or nowhere (inf).
+        thresholds: of `balls.fill`, which rounds rows in l2, the same at all radii; None where they are not rounded.
     """
 
-    image: Tensor
-    levels: int | None
+    task: Task
     deltas: Tensor
     order: Tensor | None
     lengths: Tensor
     limits: Tensor
+    thresholds: Tensor | None
 
     def pick(self, i: int) -> Rays:
         """The i-th ray alone."""
         order = None if self.order is None else self.order[i : i + 1]
         one = slice(i, i + 1)
-        return Rays(self.image, self.levels, self.deltas[one], order, self.lengths[one], self.limits[one])
+        return Rays(self.task, self.deltas[one], order, self.lengths[one], self.limits[one], self.thresholds)
 
     def at(self, radius: float) -> Tensor:
-        """The point of each ray at a radius: rows [n,C,H,W] in the box, no further than `radius` from the image."""
+        """The point of each ray at a radius: rows [n,C,H,W] in the box, no further than `radius` from the image.
+
+        Rounded to grey levels they are no further either.
+        """
         if self.order is not None:
             deltas = self.deltas * (self.order < math.floor(radius))
+        elif self.thresholds is not None:
+            deltas = fill(self.task, self.deltas, self.limits.clamp(max=radius), self.thresholds)
         else:
             scale = (self.limits.clamp(max=radius) / self.lengths).view(-1, 1, 1, 1)
             deltas = self.deltas * scale.to(self.deltas.dtype)
-        if self.levels and self.order is None:
-            steps = self.levels - 1
-            # The slack keeps a whole number of levels whole that float32 stores a little short.
-            deltas = (deltas.abs() * steps + 1e-3).floor() / steps * deltas.sign()
-        return (self.image + deltas).clamp_(0, 1)
+            if self.task.norm == "linf":
+                most = whole(self.task, radius)
+                deltas.clamp_(-most, most)
+        return (self.task.image + deltas).clamp_(0, 1)
 
 
 def _rivals(task: Task, count: int) -> Tensor | None:

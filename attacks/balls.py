@@ -10,6 +10,7 @@ from torch import Tensor
 from robustbox.distances import rounded
 from robustbox.errors import InputError
 from robustbox.protocol import Task
+from robustbox.records import TOLERANCE
 
 from .levels import on_levels
 
@@ -42,11 +43,17 @@ def check_visible(task: Task, size: float, what: str) -> None:
         )
 
 
+def edge(epsilon: float) -> float:
+    """The length that a row may have inside a ball, by the engine's slack; whole levels stay whole if stored a little short."""
+    return epsilon * (1 + TOLERANCE) + TOLERANCE
+
+
 def whole(task: Task, size: float) -> float:
     """A size in whole grey levels, rounded down; as it is where rows are not rounded."""
     if not task.levels:
         return size
-    return math.floor(size * (task.levels - 1) + SLACK) / (task.levels - 1)
+    steps = task.levels - 1
+    return math.floor(edge(size) * steps) / steps
 
 
 def shorten(task: Task, deltas: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, Attack, Knob, Norm, Query, Search, Task
 
+from .balls import whole
 from .levels import dither, on_levels
 from .moves import bisect_arc, hold
 
@@ -211,6 +212,4 @@ def descend(
 
 def within(task: Task) -> float | None:
     """The linf radius that rows may use: epsilon, rounded down to whole grey levels where rows are rounded."""
-    if task.epsilon is None or task.levels is None:
-        return task.epsilon
-    return math.floor(task.epsilon * (task.levels - 1) + 1e-3) / (task.levels - 1)
+    return None if task.epsilon is None else whole(task, task.epsilon)

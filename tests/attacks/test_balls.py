@@ -93,6 +93,8 @@ def test_sizes_are_rounded_down_to_whole_levels() -> None:
     of = task(torch.zeros(1, 2, 2), levels=256)
     assert whole(of, 0.03) == 7 / 255
     assert whole(of, 8 / 255) == pytest.approx(8 / 255)
+    assert whole(of, float(torch.tensor(8 / 255) - 1e-9)) == 8 / 255  # stored a little short
+    assert whole(of, 0.0549) == 13 / 255  # 14 levels would be outside
     assert whole(of, 0.001) == 0
     assert whole(task(torch.zeros(1, 2, 2)), 0.03) == 0.03
 

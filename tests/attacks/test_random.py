@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from robustbox import run_attack
 from robustbox.attacks.bandits import Bandits
@@ -107,6 +108,36 @@ def test_targets_are_reached_through_the_pool(norm: Norm) -> None:
     found = run_attack(model, image[None], [0], pool=pool, **settings)  # type: ignore[arg-type]
     assert found.success.all()
     assert found.distance[0] < float(distance((goal - image)[None], norm)) * (1.001 if norm != "l0" else 1)
+
+
+@pytest.mark.parametrize("epsilon", [None, 1.0])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_an_image_of_the_pool_is_asked_once_at_a_radius(norm: Norm, epsilon: float | None) -> None:
+    image = torch.full((1, 6, 6), 0.5)
+    pool = torch.rand(12, 1, 6, 6, generator=torch.Generator().manual_seed(3)), torch.arange(12) % 2
+
+    def toward(budget: int, **fields: bool) -> list[int]:
+        of = task(image, norm=norm, epsilon=epsilon, budget=budget, target=1, pool=pool, **fields)
+        _, asked = drive(RandomSearch().search(of), of, lambda rows: torch.zeros(len(rows)).long())
+        rows = torch.cat([query.rows for query in asked]) - image
+        likeness = F.cosine_similarity(rows.flatten(1)[:, None], (pool[0] - image).flatten(1)[None], dim=2)
+        return (likeness > 0.999).sum(dim=0).tolist()
+
+    assert toward(100) == [0, 1] * 6
+    assert sum(toward(100, stochastic=True)) == 50
+
+
+def test_after_a_success_rows_on_grey_levels_are_a_level_nearer() -> None:
+    image = torch.full((1, 3, 3), 6 / 11)
+    for levels in range(1, 5):
+        of = task(image, norm="linf", budget=200, levels=12)
+        _, asked = drive(
+            RandomSearch().search(of), of, lambda rows, k=levels: (rows - image).abs().amax((1, 2, 3)) * 11 > k + 0.5
+        )
+        steps = [
+            round(float(distance(query.rows - image, "linf").max()) * 11) for query in asked if query.kind == "probe"
+        ]
+        assert set(steps[1:]) == {levels}
 
 
 def test_it_is_blind_where_cgba_is_not() -> None:

@@ -138,10 +138,10 @@ def test_steps_double_while_they_gain_and_are_quartered_where_the_first_fails() 
 
 
 FIGURES = [
-    ("l2", False, (1.35, 1.03)),
+    ("l2", False, (1.25, 1.03)),
     ("l2", True, (1.05, 1.02)),
-    ("linf", False, (3.0, 2.0)),
-    ("linf", True, (2.2, 1.8)),
+    ("linf", False, (1.8, 1.7)),
+    ("linf", True, (2.0, 1.6)),
 ]
 
 

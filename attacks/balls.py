@@ -10,6 +10,7 @@ from torch import Tensor
 from robustbox.distances import rounded
 from robustbox.errors import InputError
 from robustbox.protocol import Task
+from robustbox.records import TOLERANCE
 
 from .levels import on_levels
 
@@ -17,6 +18,10 @@ PASSES = 4
 """Times that a rounded row is shortened by what it is too long; what is left over is rounded towards the image."""
 RESERVE = 0.995
 """By how much more it is shortened, because rounding it again changes its length again."""
+HALVINGS = 20
+"""Of the bracket in which `fill` looks for a scale."""
+TIES = 0.1
+"""In levels, the range in which `fill` rounds up or down by chance: values of one size need not change all at once."""
 SLACK = 1e-3
 """In levels: keeps a whole number of levels whole that floating point stores a little short."""
 
@@ -38,11 +43,17 @@ def check_visible(task: Task, size: float, what: str) -> None:
         )
 
 
+def edge(epsilon: float) -> float:
+    """The length that a row may have inside a ball, by the engine's slack; whole levels stay whole if stored a little short."""
+    return epsilon * (1 + TOLERANCE) + TOLERANCE
+
+
 def whole(task: Task, size: float) -> float:
     """A size in whole grey levels, rounded down; as it is where rows are not rounded."""
     if not task.levels:
         return size
-    return math.floor(size * (task.levels - 1) + SLACK) / (task.levels - 1)
+    steps = task.levels - 1
+    return math.floor(edge(size) * steps) / steps
 
 
 def shorten(task: Task, deltas: Tensor) -> Tensor:
@@ -80,6 +91,29 @@ def fit(task: Task, deltas: Tensor, thresholds: Tensor | None = None) -> Tensor:
         rows = on_levels(task, deltas, thresholds)
     inwards = (deltas.abs() * steps + SLACK).floor_().div_(steps) * deltas.sign()
     return torch.where(shorter < 1, (image + inwards).clamp_(0, 1), sent)
+
+
+def fill(task: Task, deltas: Tensor, lengths: Tensor, thresholds: Tensor) -> Tensor:
+    """Perturbations of whole grey levels [n,C,H,W] that are as long in l2 as they may be, along deltas [n,C,H,W].
+
+    Each delta is scaled by as much as the nearest levels to it allow. Rounded as it is it would be too long or, where most
+    values are less than half a level, nothing.
+
+    Args:
+        lengths: that none may be longer than, [n].
+        thresholds: of `levels.dither`.
+    """
+    assert task.levels is not None  # where rows are not rounded there is nothing to fill
+    steps = task.levels - 1
+    sizes, most = deltas.abs().mul_(steps), (lengths.to(deltas.dtype) * steps * (1 + 1e-6)).view(-1, 1, 1, 1)
+    offsets = 0.5 + TIES * (thresholds - 0.5)
+    low = torch.zeros_like(most)
+    high = (most + 1) / sizes.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        moved = torch.linalg.vector_norm((sizes * middle).add_(offsets).floor_(), dim=(1, 2, 3), keepdim=True)
+        low, high = torch.where(moved <= most, middle, low), torch.where(moved <= most, high, middle)
+    return (sizes * low).add_(offsets).floor_().div_(steps).mul_(deltas.sign())
 
 
 def _shorter(deltas: Tensor, epsilon: float) -> Tensor:

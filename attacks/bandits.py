@@ -21,8 +21,9 @@ Deviations:
 - All rows lie in the box and in the ball, so that each may be the success; the authors' probes leave both, and their tests
   of success are not counted.
 - L is by default the margin of log-probabilities in place of the cross-entropy; targets are not in the paper.
-- Defaults suit 32 x 32: t = 2 and rates of 0.1 (linf) and 0.01 (l2), where the authors' t = 6 and rates of 100 and 0.1 are for
-  the probabilities of Inception-v3 at 299 x 299; at 100 the prior saturates after one pair. rho and h over epsilon are theirs.
+- Defaults suit 32 x 32: t = 2, 1 below 16 x 16, and rates of 0.1 (linf) and 0.01 (l2), where the authors' t = 6 and rates of
+  100 and 0.1 are for the probabilities of Inception-v3 at 299 x 299; at 100 the prior saturates after one pair. rho and h over
+  epsilon are theirs.
 """
 
 from __future__ import annotations
@@ -41,13 +42,16 @@ from .estimators import LENGTHS, Ball, sigma_knob, unit, visible
 from .losses import Loss, check_loss, losses
 from .subspaces import enlarge
 
+LARGE = 16
+"""Side of the images from which on tiles are of 2 x 2: on smaller ones so few are left that rows repeat."""
+
 
 @dataclass(frozen=True)
 class Bandits(Attack):
     """Bandits with time and tile priors (Bandits-TD). Needs epsilon and scores.
 
     Args:
-        tile: pixels t along each side of a tile; 1 leaves the data prior out.
+        tile: pixels t along each side of a tile; 1 leaves the data prior out; default: 2 on images of at least 16 x 16, else 1.
         sigma: root mean square of a probe's offset a pixel; at least one grey level where rows are rounded.
         step: step length h, a pixel (linf) or in all (l2); default: a fifth (linf) or a tenth (l2) of epsilon.
         rate: learning rate of the prior; default: 0.1 (linf) or 0.01 (l2).
@@ -61,7 +65,7 @@ class Bandits(Attack):
     needs_epsilon: ClassVar[bool] = True
     knobs: ClassVar[tuple[str, ...]] = ("sigma", "step")
 
-    tile: int = 2
+    tile: int | None = None
     sigma: float = 0.002
     step: float | None = None
     rate: float | None = None
@@ -69,7 +73,7 @@ class Bandits(Attack):
     loss: Loss = "margin"
 
     def __post_init__(self) -> None:
-        if self.tile < 1:
+        if self.tile is not None and self.tile < 1:
             raise InputError(f"tile must be at least 1, got {self.tile}")
         for option in ("sigma", "step", "rate", "exploration"):
             value = getattr(self, option)
@@ -100,7 +104,8 @@ class _Prior:
         self._sigma = visible(task, attack.sigma)
         self._step = attack.step or task.epsilon / (5 if linf else 10)
         channels, *size = task.image.shape
-        self._cells = (channels, *(-(-side // attack.tile) for side in size))
+        tile = attack.tile or (2 if min(size) >= LARGE else 1)
+        self._cells = (channels, *(-(-side // tile) for side in size))
         cells = torch.arange(math.prod(self._cells), device=task.image.device).view(1, *self._cells)
         self._place = enlarge(cells, (size[0], size[1])).flatten()  # the cell of each value of the image
         self._w = task.image.new_zeros(1, *self._cells)  # artanh v in linf, v in l2

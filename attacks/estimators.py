@@ -11,7 +11,6 @@ them may be the success. Clipping takes from an antithetic pair no more than hal
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
@@ -22,6 +21,8 @@ from torch.nn import functional as F
 from robustbox.distances import distance
 from robustbox.protocol import Answer, Knob, Query, Task
 
+from .balls import whole
+from .levels import dither
 from .moves import ROW_BYTES
 from .noise import Noise
 from .random import Rays
@@ -43,19 +44,20 @@ class Ball:
     """
 
     def __init__(self, task: Task, radius: float) -> None:
-        self._task, self.radius = task, radius
-        if task.norm == "linf":
-            if task.levels:  # the slack keeps a whole number of levels whole
-                self.radius = math.floor(radius * (task.levels - 1) + 1e-3) / (task.levels - 1)
+        self._task, self.radius, self._thresholds = task, radius, None
+        if task.norm == "l2":
+            self._thresholds = dither(task)
+        else:
+            self.radius = whole(task, radius)
             self._low, self._high = (task.image - self.radius).clamp_(min=0), (task.image + self.radius).clamp_(max=1)
 
     def nearest(self, points: Tensor) -> Tensor:
         """The points of box and ball to which a step to `points` [n,C,H,W] leads."""
-        return self._admit(points, None)
+        return self._admit(points)
 
     def rows(self, points: Tensor) -> Tensor:
-        """What is asked for points [n,C,H,W]: the same, in l2 rounded towards the image where rows are rounded."""
-        return self._admit(points, self._task.levels)
+        """What is asked for points [n,C,H,W]: the same, in l2 rounded where rows are rounded, and no further than the point."""
+        return self._admit(points, self._thresholds)
 
     def descend(self, point: Tensor, gradient: Tensor, length: float) -> Tensor:
         """One step against a gradient [1,C,H,W]; nowhere where that is 0. The length is l2 or, in linf, that of each value."""
@@ -70,12 +72,12 @@ class Ball:
     def _unit(self, directions: Tensor) -> Tensor:
         return directions.sign() if self._task.norm == "linf" else unit(directions)
 
-    def _admit(self, points: Tensor, levels: int | None) -> Tensor:
+    def _admit(self, points: Tensor, thresholds: Tensor | None = None) -> Tensor:
         if self._task.norm == "linf":
             return points.clamp(self._low, self._high)
         deltas = points.clamp(0, 1) - self._task.image
         lengths = distance(deltas, "l2").clamp_min(1e-30)
-        return Rays(self._task.image, levels, deltas, None, lengths, lengths).at(self.radius)
+        return Rays(self._task, deltas, None, lengths, lengths, thresholds).at(self.radius)
 
 
 class Walk:

@@ -8,7 +8,7 @@ goal counts,
 and g is minimised over directions without a gradient. Stage s = 0, 1, 2, ... cuts the n values, in the order of memory, into
 2^s blocks and tries for one block after the other whether d with this block's signs flipped is better than the best so far:
 first by the fast check, one row at the best radius r; only where this reaches the goal is the new radius searched. Once
-blocks are single values, passes over them are repeated.
+blocks are single values, passes over them are repeated, until one changes nothing and the next would be the same rows.
 
 Query cost: 1 row a block, and for each block that improves about 2 log2(1 + gain / tolerance) + 1 more. Stage s has 2^s blocks.
 Black boxes that are stochastic are asked again for the best point before each block: at least 1 row more.
@@ -46,6 +46,7 @@ from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import Answer, Attack, Knob, Norm, Query, Search, Task
 
+from .balls import whole
 from .levels import dither, on_levels
 from .moves import bisect_arc, hold
 
@@ -83,7 +84,7 @@ def turn_over(task: Task, share: float, once: bool = False) -> Generator[Query, 
 
     Args:
         share: its `tolerance`.
-        once: end when single values were turned over once; else they are again and again.
+        once: end when single values were turned over once; else when turning them over no longer helps.
 
     Returns:
         The nearest point found [1,C,H,W], when nothing is left to gain.
@@ -93,7 +94,7 @@ def turn_over(task: Task, share: float, once: bool = False) -> Generator[Query, 
     ray = _Ray(task)
     size = task.image.numel()
     for stage in count():
-        length = math.ceil(size / 2 ** min(stage, 60))
+        length, idle = math.ceil(size / 2 ** min(stage, 60)), True
         for start in range(0, size, length):
             if ray.found:
                 yield from ray.hold()
@@ -103,7 +104,9 @@ def turn_over(task: Task, share: float, once: bool = False) -> Generator[Query, 
             answer = yield ray.propose(start, length, ray.radius - tolerance)
             if task.reached_any(answer):
                 yield from ray.accept(tolerance)
-        if once and ray.found and length == 1:
+                idle = False
+            idle &= not answer.status.any()
+        if ray.found and length == 1 and (once or (idle and ray.settled)):
             break
     return ray.row(ray.radius)
 
@@ -123,6 +126,11 @@ class _Ray:
         self._flipped, self._length, self._at = self.signs, 0, self.radius
         size = task.image.numel()
         self._knob = Knob("block", math.ceil(size / 1024), math.ceil(size / 2), self._draw, integer=True)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the same blocks are answered alike: after a pass that changed nothing the next is the same rows."""
+        return not self._task.stochastic and self._knob.value is None
 
     def row(self, radius: float) -> Tensor:
         """The point of the best direction at a radius [1,C,H,W]."""
@@ -211,6 +219,4 @@ def descend(
 
 def within(task: Task) -> float | None:
     """The linf radius that rows may use: epsilon, rounded down to whole grey levels where rows are rounded."""
-    if task.epsilon is None or task.levels is None:
-        return task.epsilon
-    return math.floor(task.epsilon * (task.levels - 1) + 1e-3) / (task.levels - 1)
+    return None if task.epsilon is None else whole(task, task.epsilon)

@@ -13,6 +13,7 @@ from robustbox.distances import distance
 from robustbox.protocol import Task
 
 from .decoders import Decoder
+from .levels import dither
 from .random import Rays
 
 WINDOW = 500
@@ -39,7 +40,7 @@ class SearchSpace:
 
     def __init__(self, task: Task, decode: Decoder, signs: bool, corners: bool, sobol: bool) -> None:
         self._task, self._decode, self._signs, self.corners = task, decode, signs, corners
-        self.dim = decode.dim
+        self.dim, self._thresholds = decode.dim, dither(task) if task.norm == "l2" else None
         self.asked = torch.empty(0, self.dim, dtype=torch.float64)
         self._sobol: torch.quasirandom.SobolEngine | None = None
         if sobol:
@@ -77,7 +78,8 @@ class SearchSpace:
             rms = deltas.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
             deltas = _sign(deltas) if self._signs else (deltas / rms).clamp_(-1, 1)
         lengths = distance(deltas, task.norm)
-        return Rays(task.image, task.levels, deltas, None, lengths, torch.full_like(lengths, math.inf)).at(radius)
+        limits = torch.full_like(lengths, math.inf)
+        return Rays(task, deltas, None, lengths, limits, self._thresholds).at(radius)
 
     def _draw(self, distribution: Callable[..., Tensor], n: int) -> Tensor:
         generator = self._task.generator

@@ -187,7 +187,9 @@ class _Moves:
     def _flipped(self, flips: float | None, n: int) -> tuple[Tensor, Tensor]:
         """n perturbations with flipped signs, and the signs on the grid; flips: how many on average, None: those of p."""
         stay = self._stay if flips is None else 1 - flips / self._stay.numel()
-        signs = 1 - 2 * (self._random(n) > stay).float()
+        beyond = self._random(n) - stay
+        # Of the values of a small image often none turns: the one nearest to it does, or the row would be asked twice.
+        signs = 1 - 2 * ((beyond > 0) | (beyond == beyond.amax(dim=(1, 2, 3), keepdim=True))).float()
         return torch.where(self._enlarge(signs) < 0, -self._delta, self._delta), signs
 
     def _random(self, n: int) -> Tensor:

@@ -17,7 +17,8 @@ Deviations from the paper:
 - Passes after the first divide the bits from a random place on, where the authors' code turns the same chunks again around the
   point reached, and leaves the ball.
 - The loss is the margin, which still tells rows apart where the probability rounds to 1; `loss=cross-entropy` is the paper's.
-- Rows are clipped to the box, and on an 8-bit interface the size is rounded down to whole levels.
+- Rows are clipped to the box. On an 8-bit interface the size is rounded down to whole levels in linf; in l2 it is of k levels
+  or k + 1, at random, so that rows fill the ball, and where k is 0 the values that would not move have no bits.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from robustbox.protocol import Attack, Knob, Norm, Search, Task
 
-from .balls import check_visible, whole
+from .balls import edge, whole
 from .climb import Climb
 from .losses import Loss, check_loss
 
@@ -56,9 +57,6 @@ class SignHunter(Attack):
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
-
-    def check(self, task: Task) -> None:
-        check_visible(task, _size(task), f"epsilon={task.epsilon:g}")
 
     def search(self, task: Task) -> Search:
         bits = Bits(task)
@@ -91,28 +89,36 @@ def chunks(n: int, knob: Knob) -> Iterator[tuple[int, int]]:
             yield start, min(length, n - start)
 
 
-def _size(task: Task) -> float:
-    """By how much every value changes."""
+def _sizes(task: Task) -> float | Tensor:
+    """By how much each value changes: a number, or [C,H,W] where whole grey levels of two sizes fill the l2 ball."""
     assert task.epsilon is not None  # needs_epsilon
-    return task.epsilon if task.norm == "linf" else task.epsilon / math.sqrt(task.image.numel())
+    if task.norm == "linf":
+        return whole(task, task.epsilon)
+    image, root = task.image, math.sqrt(task.image.numel())
+    if not task.levels:
+        return task.epsilon / root
+    size = edge(task.epsilon) / root * (task.levels - 1)
+    least = math.floor(size)
+    larger = int((size**2 - least**2) / (2 * least + 1) * image.numel())
+    order = torch.rand(image.numel(), generator=task.generator, device=image.device).argsort()
+    return (least + (order < larger).view_as(image).float()) / (task.levels - 1)
 
 
 class Bits:
-    """Rows [1,C,H,W] whose n = C H W values are the image's moved up or down by one size; numbered as they are read.
+    """Rows [1,C,H,W] whose values are the image's moved up or down by a size; bits are numbered as values are read.
 
     Attributes:
-        n: number of bits.
+        n: number of bits: C H W, fewer where not all can move by a grey level within the ball.
         up: the row whose bits are all up.
     """
 
     def __init__(self, task: Task) -> None:
-        size = whole(task, _size(task))
-        self.up, self._down = ((task.image + change).clamp_(0, 1)[None] for change in (size, -size))
-        self.n = task.image.numel()
+        sizes = _sizes(task)
+        self.up, self._down = ((task.image + change).clamp_(0, 1)[None] for change in (sizes, -sizes))
+        moving = (self.up != self._down)[0].permute(1, 2, 0)
+        self.n = int(moving.sum())
         self._generator = task.generator
-        channels, height, width = task.image.shape
-        order = torch.arange(self.n, device=task.image.device)
-        self._order = order.view(height, width, channels).permute(2, 0, 1)
+        self._order = moving.flatten().cumsum(0).sub_(1).view_as(moving).permute(2, 0, 1)
 
     def turned(self, row: Tensor, start: int | Tensor, length: int) -> Tensor:
         """The row with `length` bits turned over, from bit `start` on; the last is followed by the first."""

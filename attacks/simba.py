@@ -93,8 +93,6 @@ class SimBA(Attack):
     def check(self, task: Task) -> None:
         if self.basis == "pixel":
             check_visible(task, self.step, f"step={self.step:g}")
-        if task.norm == "linf" and task.epsilon is not None:
-            check_visible(task, task.epsilon, f"epsilon={task.epsilon:g}")
 
     def search(self, task: Task) -> Search:
         most = 1.0 if self.basis == "pixel" else math.sqrt(task.image.numel()) / 8

@@ -45,7 +45,6 @@ from torch import Tensor
 from robustbox.errors import InputError
 from robustbox.protocol import Attack, Knob, Norm, Search, Task
 
-from .balls import check_visible
 from .climb import Climb
 from .losses import Loss, check_loss
 from .painters import Bumps, Stripes
@@ -89,11 +88,6 @@ class Square(Attack):
             raise InputError(f"p must be above 0 and at most 1, got {self.p}")
         if self.horizon is not None and self.horizon < 1:
             raise InputError(f"horizon must be at least 1, got {self.horizon}")
-
-    def check(self, task: Task) -> None:
-        if task.norm == "linf":
-            assert task.epsilon is not None  # needs_epsilon
-            check_visible(task, task.epsilon, f"epsilon={task.epsilon:g}")
 
     def search(self, task: Task) -> Search:
         painter = Stripes(task) if task.norm == "linf" else Bumps(task)

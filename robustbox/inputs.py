@@ -20,6 +20,7 @@ from robustbox.errors import InputError, unknown_name
 from robustbox.identity import sha256
 from robustbox.options import check_options, check_values
 from robustbox.protocol import NORMS, Attack, BlackBox, Defense, Norm
+from robustbox.records import inside
 
 
 def check_images(images: Tensor | ArrayLike, box: BlackBox, what: str = "images") -> Tensor:
@@ -95,7 +96,7 @@ def check_targets(
 
 
 def check_threat(norm: str, epsilon: float | None, levels: int | None) -> Norm:
-    """Refuse norms, radii and grey levels that mean nothing."""
+    """Refuse norms, radii and grey levels that mean nothing, and a ball in which rounding leaves no row but the image."""
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
     if epsilon is not None and not (isinstance(epsilon, Real) and 0 < epsilon < math.inf):
@@ -103,6 +104,11 @@ def check_threat(norm: str, epsilon: float | None, levels: int | None) -> Norm:
     if levels is not None and (not _is_int(levels) or levels < 2):
         raise InputError(
             f"levels must be a whole number of grey levels, 2 or more (256 for 8 bits), or None; not {levels!r}"
+        )
+    if epsilon is not None and levels is not None and norm != "l0" and not inside(1 / (levels - 1), epsilon):
+        raise InputError(
+            f"epsilon={epsilon:g} is less than one of {levels} grey levels: no row but the image lies in the ball; "
+            f"epsilon must be at least 1/{levels - 1}, about {math.ceil(1e4 / (levels - 1)) / 1e4:g}"
         )
     return norm
 

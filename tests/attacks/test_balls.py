@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from robustbox.attacks.balls import check_visible, fit, shorten, whole
+from robustbox.attacks.balls import check_visible, fill, fit, shorten, whole
+from robustbox.attacks.levels import dither
 from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import Norm
@@ -49,6 +50,37 @@ def test_rounding_in_l2_costs_little_of_a_large_ball() -> None:
         assert torch.allclose(rows * 255, (rows * 255).round(), atol=1e-3)
 
 
+@pytest.mark.parametrize("levels", [256, 16])
+@pytest.mark.parametrize("epsilon", [0.07, 0.2, 1.5])
+@pytest.mark.parametrize("kind", ["noise", "signs", "long"])
+def test_whole_levels_fill_a_ball_however_small_their_share_of_one(kind: str, epsilon: float, levels: int) -> None:
+    """A tenth of a grey level a value and more: noise, values of one size, and noise that is much too long."""
+    of = task(IMAGE, epsilon=epsilon, levels=levels)
+    deltas = DELTAS[-1:].repeat(3, 1, 1, 1) * (100 if kind == "long" else 1)
+    deltas = deltas.sign() if kind == "signs" else deltas
+    thresholds = dither(of)
+    assert thresholds is not None
+    lengths = torch.tensor([epsilon, epsilon / 2, 0.0])
+    filled = fill(of, deltas, lengths, thresholds)
+    torch.testing.assert_close(filled * (levels - 1), (filled * (levels - 1)).round(), atol=1e-3, rtol=0)
+    far = distance(filled, "l2")
+    level = 1 / (levels - 1)
+    for length, found in zip(lengths.tolist(), far.tolist(), strict=True):
+        assert found <= length * (1 + 1e-5)
+        assert found**2 >= 0.95 * length**2 - level**2
+    assert (filled * deltas >= 0).all()
+
+
+def test_what_is_of_whole_levels_already_stays_as_it_is() -> None:
+    deltas = torch.tensor([3.0, -2.0, 0.0, 1.0]).view(1, 1, 2, 2) / 255
+    of = task(torch.full((1, 2, 2), 0.6), levels=256)
+    thresholds = dither(of)
+    assert thresholds is not None
+    torch.testing.assert_close(fill(of, deltas, distance(deltas, "l2"), thresholds), deltas)
+    none = torch.zeros_like(deltas)
+    assert fill(of, none, torch.tensor([1.0]), thresholds).equal(none)
+
+
 def test_values_are_cut_off_in_linf_and_scaled_in_l2() -> None:
     image = torch.full((1, 1, 2), 0.5)
     deltas = torch.tensor([0.3, 0.4]).view(1, 1, 1, 2)
@@ -61,6 +93,8 @@ def test_sizes_are_rounded_down_to_whole_levels() -> None:
     of = task(torch.zeros(1, 2, 2), levels=256)
     assert whole(of, 0.03) == 7 / 255
     assert whole(of, 8 / 255) == pytest.approx(8 / 255)
+    assert whole(of, float(torch.tensor(8 / 255) - 1e-9)) == 8 / 255  # stored a little short
+    assert whole(of, 0.0549) == 13 / 255  # 14 levels would be outside
     assert whole(of, 0.001) == 0
     assert whole(task(torch.zeros(1, 2, 2)), 0.03) == 0.03
 

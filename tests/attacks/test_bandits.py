@@ -64,6 +64,13 @@ def test_rows_are_constant_on_tiles(tile: int, size: tuple[int, int]) -> None:
         assert len(values[0].unique(dim=0)) == size[0] * size[1]
 
 
+@pytest.mark.parametrize(("side", "cells"), [(8, 64), (15, 225), (16, 64), (32, 256)])
+def test_tiles_are_of_two_pixels_where_the_image_is_large_enough(side: int, cells: int) -> None:
+    of = task(torch.full((1, side, side), 0.5), norm="l2", epsilon=1.0, budget=40)
+    query = next(Bandits().search(of))
+    assert len(query.rows[0].unique()) == cells
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("tile", [1, 2])
 def test_it_succeeds_a_quarter_above_the_optimum_of_the_tiles_and_not_below_it(norm: Norm, tile: int) -> None:

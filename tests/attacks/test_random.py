@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from robustbox import run_attack
+from robustbox.attacks.bandits import Bandits
+from robustbox.attacks.bayes_subspace import BayesSubspace
 from robustbox.attacks.cgba import CGBA
-from robustbox.attacks.random import RandomSearch
+from robustbox.attacks.nes import NES
+from robustbox.attacks.random import RandomSearch, Rays
 from robustbox.distances import distance
 from robustbox.errors import InputError
-from robustbox.protocol import NORMS, Norm
+from robustbox.protocol import NORMS, Attack, Norm
 from tests.attacks.analytic import Flat, check_box, drive, task
 
 EPSILON: dict[Norm, float] = {"l0": 7, "l2": 0.6, "linf": 8 / 255}
@@ -31,10 +35,36 @@ def test_with_epsilon_every_row_is_in_the_ball_and_uses_it(
     far = distance(rows - image, norm)
     assert len(rows) == 90
     assert far.max() <= EPSILON[norm] * (1 + 1e-5)
-    assert far.median() >= EPSILON[norm] * (0.999 if levels is None or norm != "l2" else 0.85)
+    assert far.median() >= EPSILON[norm] * 0.99
     assert len({row.numpy().tobytes() for row in rows}) == 90
     if levels and norm == "l2":  # rounding on the way to the model changes nothing more
         assert torch.allclose(rows * 255, (rows * 255).round(), atol=1e-3)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.15])
+@pytest.mark.parametrize("attack", [RandomSearch(), NES(), Bandits(), BayesSubspace(objective="margin")])
+def test_a_ball_of_less_than_a_grey_level_a_value_is_used_too(attack: Attack, epsilon: float) -> None:
+    """All rows of rays: those of other attacks as well, which stand at the edge of the ball sooner or later."""
+    image = torch.randint(40, 216, (1, 3, 24, 24), generator=torch.Generator().manual_seed(0)) / 255
+    seen = []
+
+    def model(rows: Tensor) -> Tensor:
+        seen.append(rows.clone())
+        return torch.stack([1 + rows.flatten(1).mean(1), rows.flatten(1)[:, 0]], dim=1)
+
+    run_attack(model, image, [0], attack=attack, norm="l2", epsilon=epsilon, budget=60, levels=256)
+    far = distance(torch.cat(seen)[1:61] - image, "l2")
+    assert far.max() <= epsilon * (1 + 1e-5)
+    assert far.median() >= 0.9 * epsilon
+
+
+def test_in_linf_values_of_a_ray_are_rounded_to_the_nearest_level_in_the_ball() -> None:
+    deltas = torch.tensor([1.0, -0.7, 0.2, -0.34]).view(1, 1, 2, 2)
+    of = task(torch.full((1, 2, 2), 0.6), norm="linf", levels=256)
+    one = torch.ones(1)
+    rows = Rays(of, deltas, None, one, one, None).at(4.9 / 255)
+    moved = (rows * 255).round() - 153
+    assert moved.flatten().tolist() == [4, -3, 1, -2]
 
 
 def test_l0_changes_whole_pixels_to_corners_of_the_colour_cube() -> None:
@@ -78,6 +108,36 @@ def test_targets_are_reached_through_the_pool(norm: Norm) -> None:
     found = run_attack(model, image[None], [0], pool=pool, **settings)  # type: ignore[arg-type]
     assert found.success.all()
     assert found.distance[0] < float(distance((goal - image)[None], norm)) * (1.001 if norm != "l0" else 1)
+
+
+@pytest.mark.parametrize("epsilon", [None, 1.0])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_an_image_of_the_pool_is_asked_once_at_a_radius(norm: Norm, epsilon: float | None) -> None:
+    image = torch.full((1, 6, 6), 0.5)
+    pool = torch.rand(12, 1, 6, 6, generator=torch.Generator().manual_seed(3)), torch.arange(12) % 2
+
+    def toward(budget: int, **fields: bool) -> list[int]:
+        of = task(image, norm=norm, epsilon=epsilon, budget=budget, target=1, pool=pool, **fields)
+        _, asked = drive(RandomSearch().search(of), of, lambda rows: torch.zeros(len(rows)).long())
+        rows = torch.cat([query.rows for query in asked]) - image
+        likeness = F.cosine_similarity(rows.flatten(1)[:, None], (pool[0] - image).flatten(1)[None], dim=2)
+        return (likeness > 0.999).sum(dim=0).tolist()
+
+    assert toward(100) == [0, 1] * 6
+    assert sum(toward(100, stochastic=True)) == 50
+
+
+def test_after_a_success_rows_on_grey_levels_are_a_level_nearer() -> None:
+    image = torch.full((1, 3, 3), 6 / 11)
+    for levels in range(1, 5):
+        of = task(image, norm="linf", budget=200, levels=12)
+        _, asked = drive(
+            RandomSearch().search(of), of, lambda rows, k=levels: (rows - image).abs().amax((1, 2, 3)) * 11 > k + 0.5
+        )
+        steps = [
+            round(float(distance(query.rows - image, "linf").max()) * 11) for query in asked if query.kind == "probe"
+        ]
+        assert set(steps[1:]) == {levels}
 
 
 def test_it_is_blind_where_cgba_is_not() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,7 +18,7 @@ from robustbox.attacks.rays import RayS, descend, turn_over, within
 from robustbox.distances import distance
 from robustbox.errors import InputError
 from robustbox.protocol import REJECTED, Answer, Query
-from tests.attacks.analytic import Flat, check_box, drive, task
+from tests.attacks.analytic import Flat, check_box, drive, refusing, task
 
 
 def optimum(flat: Flat) -> float:
@@ -33,7 +34,7 @@ def always(rows: Tensor) -> Tensor:
     return torch.ones(len(rows)).long()
 
 
-def test_blocks_are_halved_from_stage_to_stage_and_single_values_are_repeated() -> None:
+def test_blocks_are_halved_from_stage_to_stage_until_single_values_change_nothing() -> None:
     """Only all values up reach the goal, after that nothing: the flips of one direction, in the order of memory."""
     of = task(torch.full((1, 2, 3), 0.5), norm="linf", budget=200)
 
@@ -41,9 +42,34 @@ def test_blocks_are_halved_from_stage_to_stage_and_single_values_are_repeated() 
         return (rows.flatten(1) < 0.1).all(dim=1).long()
 
     _, asked = drive(RayS().search(of), of, black)
+    assert of.remaining > 150
     up = [[k for k in range(6) if query.rows.flatten()[k] > 0.5] for query in asked if query.kind == "step"]
     singles = [[k] for k in range(6)]
-    assert up[:18] == [[], [0, 1, 2], [3, 4, 5], [0, 1], [2, 3], [4, 5], *singles, *singles]
+    assert up == [[], [0, 1, 2], [3, 4, 5], [0, 1], [2, 3], [4, 5], *singles]
+
+
+@pytest.mark.parametrize("case", ["plain", "stochastic", "refused", "knob"])
+def test_single_values_are_repeated_while_that_may_change_something(case: str) -> None:
+    """While a pass gains; where answers are random, where one was refused, and where the knob moves the blocks."""
+    flat = Flat((3, 4, 4), 0.2)
+    of = task(flat.images(1)[0], norm="linf", budget=1500, stochastic=case == "stochastic")
+    refusals = {600} if case == "refused" else set()
+    answers, search = refusing(flat, lambda number: number in refusals), RayS().search(of)
+    query, reached = next(search), []
+    with contextlib.suppress(StopIteration):
+        while of.remaining:
+            for knob in query.knobs if case == "knob" else ():
+                knob.value = 1
+            if query.kind == "step":
+                reached.append(bool(flat(query.rows)))
+            of.remaining -= 1
+            query = search.send(answers(query.rows))
+    if case in ("stochastic", "knob"):
+        assert of.remaining == 0
+        return
+    assert of.remaining > 0
+    assert not any(reached[-48:])
+    assert any(reached[-96:-48])
 
 
 def test_asked_once_it_ends_after_the_stage_of_single_values() -> None:
@@ -83,7 +109,8 @@ def test_distance_over_the_optimum_of_a_half_space(far: float, figures: tuple[fl
     assert (np.array(ratios) <= figures).all(), ratios
     assert (result.distance >= optimum(flat) * 0.999).all()
     assert flat.rows == sum(result.ledger.values())
-    assert (result.queries == 5000).all()
+    assert (result.queries < 5000).all()
+    assert result.stop_reasons == ["finished"] * 4
 
 
 @pytest.mark.parametrize("levels", [None, 256])

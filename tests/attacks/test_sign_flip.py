@@ -108,6 +108,16 @@ def test_moves_grow_where_they_are_kept_and_shrink_where_not(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_flip_turns_at_least_one_value(factor: float) -> None:
+    """With p = 0.999 most flips of 64 values would turn none, and ask for what was asked."""
+    of = task(torch.full((1, 8, 8), 0.5), norm="linf", budget=400)
+    _, asked = drive(SignFlip(factor=factor).search(of), of, lambda rows: (rows[:, 0, 0, 0] > 0.6).long())
+    steps = torch.cat([query.rows for query in asked if query.kind == "step"])
+    assert len(steps) > 300
+    assert len(steps.unique(dim=0)) >= 0.95 * len(steps)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_knobs_draw_from_the_moves_and_redrawn_rows_are_what_is_kept(factor: float) -> None:
     flat = Flat((3, 8, 8), 0.2)
     search, query = started(SignFlip(factor=factor), of := task(flat.images(1)[0], norm="linf"), flat)

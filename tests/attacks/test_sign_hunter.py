@@ -219,18 +219,38 @@ def test_stochastic_answers_are_compared_in_pairs() -> None:
 # The threat model.
 
 
-@NORMS
 @pytest.mark.parametrize("levels", [256, 32])
-def test_rows_stay_in_the_ball_after_rounding(norm: Norm, levels: int) -> None:
+@pytest.mark.parametrize(
+    ("norm", "size"), [("linf", 1.5), ("linf", 2.9), *(("l2", size) for size in (0.4, 1.0, 1.5, 2.9))]
+)
+def test_rows_stay_in_the_ball_after_rounding_and_fill_it_in_l2(norm: Norm, levels: int, size: float) -> None:
     steps = levels - 1
     image = (grey((3, 6, 7)) * steps).round() / steps
-    for epsilon in (1.5 / steps, 2.9 / steps):
-        radius = epsilon if norm == "linf" else epsilon * math.sqrt(126)
-        box = Script()
-        asked(task(image, norm, epsilon=radius, budget=40, levels=levels), box)
-        rows = (torch.stack(box.asked) * steps).round() / steps
-        moved = (rows - image).abs() * steps
-        assert torch.allclose(moved, torch.tensor(float(int(epsilon * steps))), atol=1e-3)
+    radius = size / steps * (1 if norm == "linf" else math.sqrt(126))
+    box = Script()
+    asked(task(image, norm, epsilon=radius, budget=40, levels=levels), box)
+    rows = (torch.stack(box.asked) * steps).round() / steps
+    moved = ((rows - image).abs() * steps).round()
+    least = int(size)
+    if norm == "linf":
+        assert (moved == least).all()
+        return
+    assert moved.eq(moved[0]).all()
+    assert set(moved.unique().tolist()) <= {least, least + 1}
+    far = distance(rows - image, "l2")
+    assert (far <= radius * (1 + 1e-5)).all()
+    assert (far**2 >= radius**2 - (2 * least + 1) / steps**2).all()
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5])
+def test_a_ball_of_few_grey_levels_has_a_bit_for_each_value_that_can_move(levels: int) -> None:
+    """No row is asked twice before the pass is over, and all bits have their turn."""
+    image = (grey((3, 6, 7)) * 255).round() / 255
+    of = task(image, epsilon=math.sqrt(levels) / 255, budget=1 + len(lengths(levels)), levels=256)
+    start, *flips = asked(of)
+    turned = [int((query.rows != start.rows).sum()) for query in flips]
+    assert turned == lengths(levels)
+    assert (start.rows != image).sum() == levels
 
 
 @NORMS
@@ -253,9 +273,3 @@ def test_budgets_are_spent_to_the_row(budget: int) -> None:
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(InputError, match="did you mean margin"):
         SignHunter(loss="margins")  # type: ignore[arg-type]
-    setting: dict[str, Any] = {"epsilon": 0.03, "budget": 5, "levels": 256}
-    assert run_attack(flat_scores, grey()[None], [0], "sign-hunter", "linf", **setting).queries.tolist() == [5]
-    with pytest.raises(
-        InputError, match=r"epsilon=0\.03 changes a value by 0\.0039, which rounding to 256 grey levels hides"
-    ):
-        run_attack(flat_scores, grey()[None], [0], "sign-hunter", "l2", **setting)

@@ -410,9 +410,3 @@ def test_better_than_blind_stripes() -> None:
 def test_bad_options_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Square(**options)
-
-
-def test_an_invisible_epsilon_is_refused() -> None:
-    image = grey((1, 5, 5))
-    with pytest.raises(InputError, match=r"epsilon=0\.003 changes a value by 0\.003, which rounding to 256"):
-        run_attack(flat_scores, image[None], [0], "square", "linf", epsilon=0.003, budget=5, levels=256)

@@ -175,6 +175,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "epsilon 0": ({"epsilon": 0.0}, "epsilon must be a positive number"),
     "epsilon NaN": ({"epsilon": float("nan")}, "epsilon must be"),
     "levels": ({"levels": 1}, "levels must be"),
+    "epsilon of less than a level": (
+        {"epsilon": 0.0038, "levels": 256},
+        r"^epsilon=0\.0038 is less than one of 256 grey levels: no row .* epsilon must be at least 1/255",
+    ),
     "above one": ({"images": ONE * 255}, "must lie in .0, 1."),
     "below zero": ({"images": ONE - 0.5}, "must lie in .0, 1."),
     "NaN image": ({"images": ONE * torch.nan}, "number 0 has NaN"),

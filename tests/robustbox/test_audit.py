@@ -385,6 +385,17 @@ def test_ci_servers_get_what_they_know(tmp_path: Path) -> None:
         ({"threats": ["linf", {"epsilon": -1}]}, "^threat l2--1: epsilon must be a positive number"),
         ({"threats": ["linf", {"epsilon": float("inf")}]}, "^threat l2-inf: epsilon must be a positive number"),
         ({"threats": ["linf", {"levels": 1}]}, "^threat l2-1-levels: levels must be a whole number of grey levels"),
+        (
+            {"threats": ["linf", {"name": "fine", "epsilon": 0.06, "levels": 16}]},
+            "^threat fine: epsilon=0.06 is less than",
+        ),
+        (
+            {
+                "models": [{"model": "spy", "data": "planted", "levels": 16}],
+                "threats": [{"norm": "linf", "epsilon": 0.06}],
+            },
+            "epsilon=0.06 is less than one of 16 grey levels",
+        ),
         ({"threats": ["linf", {"name": "few", "levels": 0}]}, "^threat few: levels must be a whole number of grey"),
         ({"threats": ["linf", {"targets": -1}]}, "^threat l2-to--1: a target must be a whole number of at least 0"),
         ({"threats": ["linf", {"accounts": 0}]}, "^threat l2: accounts must be a whole number of at least 1, not 0"),

@@ -440,6 +440,10 @@ BAD_WORDS: dict[str, tuple[list[str], str]] = {
     "epsilon": (["--epsilon", "-1"], "epsilon must be"),
     "epsilon nan": (["--epsilon", "nan"], "--epsilon: expected float, null, got nan"),
     "levels": (["--levels", "1"], "levels must be"),
+    "epsilon of less than a level": (
+        ["--attack", "rays", "--norm", "linf", "--epsilon", "0.0038", "--levels", "256"],
+        "epsilon=0.0038 is less than one of 256 grey levels",
+    ),
     "knowledge": (["--knowledge", "all"], "unknown knowledge level 'all'"),
     "images 0": (["--images", "0"], "--images must be from 1 to 10"),
     "too many images": (["--images", "11"], "--images must be from 1 to 10"),

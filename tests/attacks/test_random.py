@@ -35,7 +35,7 @@ def test_with_epsilon_every_row_is_in_the_ball_and_uses_it(
     far = distance(rows - image, norm)
     assert len(rows) == 90
     assert far.max() <= EPSILON[norm] * (1 + 1e-5)
-    assert far.median() >= EPSILON[norm] * 0.99
+    assert far.median() >= EPSILON[norm] * (0.99 if levels and norm == "l2" else 0.999)
     assert len({row.numpy().tobytes() for row in rows}) == 90
     if levels and norm == "l2":  # rounding on the way to the model changes nothing more
         assert torch.allclose(rows * 255, (rows * 255).round(), atol=1e-3)
